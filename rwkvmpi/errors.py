@@ -1,0 +1,13 @@
+"""The errors that the program tells apart. Everything else is a crash and keeps its traceback."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; shown as one sentence without traceback, exit code 2."""
+
+
+class DocumentError(Exception):
+    """One document cannot be read or decoded; it becomes a row with status failed and this sentence."""
+
+
+class NumericalError(Exception):
+    """NaN or Inf in a state or a logit; names the document, the chunk and the layer."""
