@@ -1,0 +1,51 @@
+"""One layer of RWKV-5 (5.0 and 5.2): matrix-valued states with a fixed decay per channel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from rwkvmpi import ops
+from rwkvmpi.models.layer_base import GROUP_NORM_EPS, GatedChannelMix
+
+if TYPE_CHECKING:
+    from rwkvmpi.models.state import LayerState
+
+
+class Layer(GatedChannelMix):
+    """See `LayerBase`. State: wkv [D, H, N value, N key]. 5.0 has no gate, and its bonus is stored as a logarithm."""
+
+    def load(self) -> None:
+        self.gated = self.shape.version == "5.2"
+        names = "rkvg" if self.gated else "rkv"
+        # The file has the share of the present row, our mixes are shares of the previous one.
+        self.mixes = 1 - self.vectors(*(f"att.time_mix_{n}" for n in names))
+        self.receptance = self.matrix("att.receptance.weight")
+        self.key = self.matrix("att.key.weight")
+        self.value = self.matrix("att.value.weight")
+        self.gate = self.matrix("att.gate.weight") if self.gated else None
+        self.output = self.matrix("att.output.weight")
+        self.decay = torch.exp(-torch.exp(self.vector("att.time_decay")))
+        bonus = self.vector("att.time_faaaa")
+        self.bonus = bonus if self.gated else torch.exp(bonus)
+        self.ln_x = self.norm("att.ln_x")
+        self.load_channel_mix(1 - self.vectors("ffn.time_mix_k", "ffn.time_mix_r"))
+
+    def time_mix(
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor
+    ) -> torch.Tensor | None:
+        heads = (x.shape[0], self.shape.n_head, self.shape.head_size)
+        before = state.shift[:, 0].contiguous()
+        mixed, after = ops.norm_shift_mix(x, *self.ln1, before, self.mixes, rows, self.dtype)
+        r = linear(mixed[0], self.receptance).float().view(heads)
+        k = linear(mixed[1], self.key).float().view(heads)
+        v = linear(mixed[2], self.value).float().view(heads)
+        gate = None if self.gate is None else linear(mixed[3], self.gate)
+        y, wkv = ops.wkv5(r, self.decay, k, v, self.bonus, state.wkv, rows)
+        h = ops.group_norm_gate(y.view(x.shape), gate, *self.ln_x, self.shape.n_head, GROUP_NORM_EPS, self.dtype)
+        self.add_product(x, h, self.output)
+        state.wkv.copy_(wkv)
+        state.shift[:, 0] = after
+        return None

@@ -1,0 +1,126 @@
+"""The recurrent state of a model: what a document's tokens so far leave behind for the next one.
+
+One layout for every version, in memory, in messages and in files: value index first, key index last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from rwkvmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from rwkvmpi.models.schema import ModelShape
+
+# RWKV-4's running maximum before the first token: so low that exp(pp - q) is 0 for any key.
+RWKV4_START = -1e30
+
+
+def wkv_shape(shape: ModelShape) -> tuple[int, ...]:
+    """Shape of one segment's WKV state in one layer: (3, C) for RWKV-4 (aa, bb, pp), else (H, N value, N key)."""
+    if shape.version == "4":
+        return (3, shape.n_embd)
+    return (shape.n_head, shape.head_size, shape.head_size)
+
+
+@dataclass(slots=True)
+class LayerState:
+    """The state of D segments in one layer, all float32.
+
+    wkv: [D, H, N, N] (value, key), RWKV-4 [D, 3, C]; shift: [D, 2, C], row 0 the last normalised row of the time mix,
+    row 1 that of the channel mix. Layers change both tensors in place.
+    """
+
+    wkv: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def zeros(cls, shape: ModelShape, segments: int) -> Self:
+        """The state of `segments` documents before their first token, for a model without a stored start state."""
+        wkv = torch.zeros(segments, *wkv_shape(shape))
+        if shape.version == "4":
+            wkv[:, 2] = RWKV4_START
+        return cls(wkv, torch.zeros(segments, 2, shape.n_embd))
+
+    @classmethod
+    def initial(cls, shape: ModelShape, segments: int, time_state: torch.Tensor | None = None) -> Self:
+        """Like `zeros`, but the WKV state starts at `time_state` [H, N value, N key] where the model file has one."""
+        state = cls.zeros(shape, segments)
+        if time_state is not None:
+            state.wkv.copy_(time_state)
+        return state
+
+    @property
+    def segments(self) -> int:
+        """D, the number of segments."""
+        return self.wkv.shape[0]
+
+    @property
+    def nbytes_per_segment(self) -> int:
+        """Bytes that `pack_into` writes for one segment."""
+        return self._wkv_bytes + 4 * prod(self.shift.shape[1:])
+
+    @property
+    def _wkv_bytes(self) -> int:
+        return 4 * prod(self.wkv.shape[1:])
+
+    def clone(self) -> Self:
+        """A copy that shares no memory with this one."""
+        return type(self)(self.wkv.clone(), self.shift.clone())
+
+    @torch.inference_mode()
+    def pack_into(self, buffer: torch.Tensor | np.ndarray, segment: int = 0) -> None:
+        """Write one segment's raw bytes, wkv then shift, into `buffer` (uint8, 1-D, nbytes_per_segment long).
+
+        `segment` counts from the end when negative. ValueError when the buffer does not fit.
+        """
+        target, cut = self._as_bytes(buffer)
+        target[:cut].copy_(self.wkv[segment].reshape(-1).view(torch.uint8))
+        target[cut:].copy_(self.shift[segment].reshape(-1).view(torch.uint8))
+
+    @torch.inference_mode()
+    def unpack_from(self, buffer: torch.Tensor | np.ndarray, segment: int = 0) -> None:
+        """Set one segment from the bytes that `pack_into` wrote; bit for bit. ValueError when they do not fit."""
+        source, cut = self._as_bytes(buffer)
+        self.wkv[segment].view(-1).view(torch.uint8).copy_(source[:cut])
+        self.shift[segment].view(-1).view(torch.uint8).copy_(source[cut:])
+
+    def _as_bytes(self, buffer: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, int]:
+        data = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
+        if data.dtype != torch.uint8 or data.ndim != 1 or data.numel() != self.nbytes_per_segment:
+            raise ValueError(
+                f"a state of one segment needs a uint8 buffer of {self.nbytes_per_segment} bytes, "
+                f"not {data.dtype} of shape {tuple(data.shape)}"
+            )
+        return data, self._wkv_bytes
+
+
+@dataclass(slots=True)
+class ModelState:
+    """The state of a whole model for one document: one `LayerState` of one segment per layer."""
+
+    layers: list[LayerState]
+
+    def clone(self) -> ModelState:
+        """A copy that shares no memory with this one."""
+        return ModelState([layer.clone() for layer in self.layers])
+
+    def check(self, shape: ModelShape) -> None:
+        """UserError unless this state has the shapes that a model of `shape` needs."""
+        expected = (shape.n_layer, (1, *wkv_shape(shape)), (1, 2, shape.n_embd))
+        shapes = {(tuple(layer.wkv.shape), tuple(layer.shift.shape)) for layer in self.layers}
+        if (len(self.layers), {expected[1:]}) != (expected[0], shapes):
+            raise UserError(
+                f"the state given has {len(self.layers)} layers of {_words(sorted(shapes))}, but this model needs "
+                f"{shape.n_layer} layers of {_words([expected[1:]])}"
+            )
+
+
+def _words(shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    return ", ".join(f"wkv {list(wkv)} and shift {list(shift)}" for wkv, shift in shapes)
