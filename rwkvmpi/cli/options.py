@@ -1,0 +1,110 @@
+"""The options that score, embed, read and run share, and how they become a job."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# option -> (section, key) of the job; options left out keep the job file's value or the default
+KEYS = {
+    "stages": ("grid", "stages"),
+    "ring": ("grid", "ring"),
+    "replicas": ("grid", "replicas"),
+    "transport": ("grid", "transport"),
+    "chunk": ("model", "chunk"),
+    "device": ("model", "device"),
+    "dtype": ("model", "dtype"),
+    "tokenizer": ("model", "tokenizer"),
+    "commit_every": ("run", "commit_every"),
+    "max_time": ("run", "max_time"),
+    "on_error": ("run", "on_error"),
+    "threads": ("run", "threads"),
+    "text_key": ("input", "text_key"),
+    "id_key": ("input", "id_key"),
+    "window": ("task", "window"),
+}
+
+GRID_OPTIONS: list[Decorator] = [
+    click.option("--stages", type=click.IntRange(0), metavar="P", help="Stages: the layers are split over P ranks."),
+    click.option("--ring", type=click.IntRange(0), metavar="S", help="Ring slots: S ranks read one document in turn."),
+    click.option(
+        "--replicas", type=click.IntRange(0), metavar="D", help="Independent groups, each with its documents."
+    ),
+]
+
+MODEL_OPTIONS: list[Decorator] = [
+    click.option("--chunk", metavar="G|auto", help="Tokens per chunk, part of a result's identity.  [default: 1024]"),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]"),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="[default: auto]"),
+    click.option("--tokenizer", metavar="auto|world|bytes|FILE.json", help="[default: auto, by the vocabulary's size]"),
+    click.option("--text-key", metavar="KEY", help="Key or column of a record's text.  [default: text]"),
+    click.option("--id-key", metavar="KEY", help="Key or column of a record's id.  [default: id]"),
+]
+
+RUN_OPTIONS: list[Decorator] = [
+    click.option("--transport", type=click.Choice(["auto", "mpi", "verbs"]), help="[default: auto]"),
+    click.option("--threads", type=click.IntRange(0), help="Threads per rank.  [default: cores / ranks on the node]"),
+    click.option("--commit-every", metavar="SECONDS", help="Or a number of chunks: 500c.  [default: 60]"),
+    click.option(
+        "--max-time", metavar="TIME", help="Stop in time: 90s, 30m, 12h, D-HH:MM:SS.  [default: Slurm's limit]"
+    ),
+    click.option(
+        "--on-error", type=click.Choice(["record", "stop"]), help="What a bad document does.  [default: record]"
+    ),
+    click.option("--force", is_flag=True, help="Throw away what another job left in RUN, and start anew."),
+    click.option("--dry-run", is_flag=True, help="Check everything, show the plan, read nothing."),
+    click.option("-o", "--output", "run_folder", type=click.Path(path_type=Path), required=True, metavar="RUN"),
+]
+
+
+def with_options(*groups: list[Decorator]) -> Decorator:
+    """A decorator that adds all options of the groups, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def job_values(options: dict[str, Any]) -> dict[str, Any]:
+    """The given options as the sections of a job; those left out are absent."""
+    values: dict[str, Any] = {}
+    for name, (section, key) in KEYS.items():
+        if options.get(name) is not None:
+            values.setdefault(section, {})[key] = options[name]
+    return values
+
+
+def start(values: dict[str, Any], where: str, run_folder: Path, force: bool, dry_run: bool) -> None:
+    """Make the job and run it; ends the process with the run's exit code."""
+    from rwkvmpi.config import make_job
+    from rwkvmpi.run import main
+
+    sys.exit(main(lambda: make_job(values, where), run_folder, force=force, dry_run=dry_run))
+
+
+def task_command(name: str, help_text: str, extra: list[Decorator]) -> click.Command:
+    """The command of one task: rwkvmpi NAME MODEL INPUT... -o RUN."""
+
+    @click.command(name, help=help_text)
+    @click.argument("model")
+    @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+    @with_options(extra, GRID_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS)
+    def command(
+        model: str, inputs: tuple[str, ...], run_folder: Path, force: bool, dry_run: bool, **options: Any
+    ) -> None:
+        values = job_values(options)
+        values.setdefault("model", {})["path"] = model
+        values.setdefault("input", {})["paths"] = list(inputs)
+        values.setdefault("task", {})["name"] = name
+        start(values, f"rwkvmpi {name}", run_folder, force, dry_run)
+
+    return command

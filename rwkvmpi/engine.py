@@ -1,0 +1,211 @@
+"""One rank's machinery: built from what rank 0 prepared, run once."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkvmpi.cluster import logs
+from rwkvmpi.cluster.signals import StopRequest
+from rwkvmpi.config import Job, parse_commit_every
+from rwkvmpi.corpus.feeder import Feeder
+from rwkvmpi.grid.control import COORDINATOR, Control
+from rwkvmpi.grid.coordinator import Coordinator
+from rwkvmpi.grid.layout import Grid, split_layers
+from rwkvmpi.grid.ledger import RankLedger
+from rwkvmpi.grid.source import CommitClock, Source
+from rwkvmpi.grid.transport import MpiTransport
+from rwkvmpi.grid.wavefront import Wavefront
+from rwkvmpi.grid.wiring import relay_on_ring, sender_below, slot_senders, supply_from_neighbour
+from rwkvmpi.models import cost
+from rwkvmpi.models.checkpoint import open_checkpoint
+from rwkvmpi.models.model import Stage
+from rwkvmpi.prepare import Preparation
+from rwkvmpi.store.progress import SavedStates
+from rwkvmpi.store.run_folder import RunFolder
+from rwkvmpi.store.shards import ShardWriter
+from rwkvmpi.tasks import make_task
+
+PROGRESS_EVERY_S = 1.0
+
+
+@dataclass
+class Outcome:
+    """How the reading ended, as rank 0 knows it."""
+
+    stop_reason: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    commits: int = 0
+    farewells: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Engine:
+    """Builds stage, task, channels, source and ledger of one rank. `preparation` is rank 0's, None elsewhere."""
+
+    def __init__(self, comm: Any, folder: Path, shared: dict[str, Any], preparation: Preparation | None) -> None:
+        self._comm = comm
+        self._rank = comm.rank if comm is not None else 0
+        self._job = job = Job.model_validate(shared["job"])
+        self._grid = grid = Grid(*shared["grid"])
+        self._names = shared["names"]
+        self._preparation = preparation
+        self._stop = StopRequest(folder if self._rank == 0 else None, job.run.max_time).install()
+        self._stop_told = False
+        torch.set_num_threads(job.run.threads)
+        place = grid.place(self._rank)
+        with open_checkpoint(job.model.path) as checkpoint:
+            shape = checkpoint.shape
+            self._task = task = make_task(job.task.name, job.task.window, shape.n_embd)
+            head_cost = cost.head_cost(shape) if task.needs_head else 0.0
+            bounds = split_layers(shape.n_layer, grid.stages, cost.layer_cost(shape), head_cost)
+            self._stage = stage = Stage(checkpoint, *bounds[place.stage], job.model.dtype, job.model.device)
+        self._flops_per_token = cost.layer_cost(shape) * len(stage.layers) + (head_cost if stage.last else 0.0)
+
+        self._control = control = Control(comm)
+        transport = MpiTransport(comm.Dup(), control.poll) if comm is not None else None
+        self._coordinator = self._make_coordinator(folder, preparation) if preparation is not None else None
+        self._source = (
+            self._make_source(transport, shape.vocab_size, folder) if place.stage == place.slot == 0 else None
+        )
+        self._writer = ShardWriter(RunFolder(folder).shards, shared["attempt"], self._rank)
+        self._ledger = RankLedger(self._writer, control, place.replica, self._source)
+        if self._source is not None:
+            supply: Any = self._source
+        else:
+            assert transport is not None
+            supply = supply_from_neighbour(grid, self._rank, transport, job.model.chunk, stage)
+        sizes = [cost.state_bytes(shape)] * len(stage.layers) + ([task.carry_bytes] if stage.last else [])
+        self._wavefront = Wavefront(
+            stage,
+            task,
+            supply,
+            relay_on_ring(grid, self._rank, transport, sizes),
+            sender_below(grid, self._rank, transport, job.model.chunk, stage),
+            self._ledger,
+            SavedStates.from_json(shared["saved"]) if shared["saved"] is not None else None,
+            slot=place.slot,
+            ring=grid.ring,
+            chunk_size=job.model.chunk,
+            poll=control.poll,
+            name_of=self._name_of,
+        )
+        self._told_at = 0.0
+        control.on_poll.append(self._tick)
+
+    def run(self) -> Outcome | None:
+        """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
+        start = time.perf_counter()
+        with self._progress_bar():
+            self._wavefront.run()
+            self._farewell()
+            if self._coordinator is not None:
+                while not self._coordinator.all_gone:
+                    self._control.poll()
+                    time.sleep(1e-4)
+        self._control.flush()
+        self._stop.restore()
+        if self._coordinator is None:
+            return None
+        self._coordinator.save_now()
+        tokens, _ = self._coordinator.progress
+        return Outcome(
+            self._coordinator.stop_reason,
+            tokens,
+            time.perf_counter() - start,
+            self._coordinator.commits,
+            self._coordinator.farewells,
+        )
+
+    def _farewell(self) -> None:
+        """Wait until the own shards are safe and reported, then tell the coordinator what this rank has done."""
+        while not self._ledger.settled:
+            self._control.poll()
+            time.sleep(1e-4)
+        self._writer.close()
+        self._tell_progress()
+        counters = self._wavefront.counters
+        waits = dict(self._wavefront.waits)
+        waits["writing"] = self._writer.waited_s
+        self._control.send(
+            COORDINATOR,
+            "farewell",
+            host=platform.node(),
+            threads=torch.get_num_threads(),
+            device=self._job.model.device,
+            busy_s=counters.busy_s,
+            tokens=counters.chunks * self._job.model.chunk,
+            flops=counters.chunks * self._job.model.chunk * self._flops_per_token,
+            waits=waits,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    def _make_coordinator(self, folder: Path, preparation: Preparation) -> Coordinator:
+        from dataclasses import asdict
+
+        begun = preparation.progress.in_flight if preparation.progress is not None else []
+        logger = logs.setup(folder, self._rank, self._grid.size)
+
+        def on_failed(doc: int, error: str) -> None:
+            logger.warning("document %s failed: %s", self._name_of(doc), error)
+
+        return Coordinator(
+            self._control,
+            self._grid,
+            preparation.queue,
+            preparation.ledger,
+            {entry.doc: entry for entry in begun},
+            reference=lambda doc: asdict(preparation.index[doc]),
+            on_failed=on_failed,
+            stop_on_error=self._job.run.on_error == "stop",
+        )
+
+    def _make_source(self, transport: MpiTransport | None, vocab_size: int, folder: Path) -> Source:
+        job = self._job
+        return Source(
+            Feeder(job.model.tokenizer, vocab_size, text_key=job.input.text_key),
+            self._control,
+            slot_senders(self._grid, self._rank, transport, job.model.chunk),
+            replica=self._grid.place(self._rank).replica,
+            chunk_size=job.model.chunk,
+            clock=CommitClock(*parse_commit_every(job.run.commit_every)),
+            stop_on_error=job.run.on_error == "stop",
+        )
+
+    def _tick(self) -> None:
+        """What every rank does whenever it polls."""
+        self._ledger.poll()
+        if not self._stop_told and self._stop.reason is not None:
+            self._stop_told = True
+            self._control.send(COORDINATOR, "stop-wanted", reason=self._stop.reason)
+        now = time.monotonic()
+        if now - self._told_at >= PROGRESS_EVERY_S:
+            self._told_at = now
+            self._tell_progress()
+        if self._coordinator is not None:
+            self._coordinator.tick()
+
+    def _tell_progress(self) -> None:
+        if self._stage.last:
+            counters = self._wavefront.counters
+            self._control.send(COORDINATOR, "progress", tokens=counters.tokens, documents=counters.documents)
+
+    def _progress_bar(self) -> Any:
+        from contextlib import nullcontext
+
+        if self._coordinator is None or self._preparation is None:
+            return nullcontext()
+        from rwkvmpi.progress_report import ProgressReport
+
+        report = ProgressReport(self._preparation, self._coordinator)
+        self._control.on_poll.append(report.tick)
+        return report
+
+    def _name_of(self, doc: int) -> str:
+        return f"document {self._names[doc]!r}" if self._names is not None else f"document number {doc}"

@@ -1,0 +1,90 @@
+"""What one chunk leaves for the next: the state of every layer, and the task's carry.
+
+On a ring of one slot it stays where it is; on a longer ring it travels to the right neighbour, layer by layer, as
+soon as the layer is done. `arrive` and `leave` hide the difference from the wavefront.
+
+A message: 4 x int64 (magic, index of the chunk it is for, item, bytes that follow), then raw bytes. It is sent for
+every chunk, with no bytes where no document crosses the boundary, so that both sides always agree on what comes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rwkvmpi.grid.transport import Receiver, Sender, Transport
+
+MAGIC = 0x52574B5632
+HEADER_BYTES = 32
+STATE_TAG = 16  # + item: one channel per layer of the stage, one more for the carry
+
+
+class Relay:
+    """The items of one rank: its layers in order, then the carry (0 bytes except on the last stage).
+
+    `sizes` bytes per item; `left` and `right` are ranks, or None on a ring of one slot.
+    """
+
+    def __init__(
+        self, sizes: list[int], transport: Transport | None = None, left: int | None = None, right: int | None = None
+    ) -> None:
+        self.items = len(sizes)
+        self._kept: list[np.ndarray | None] = [None] * len(sizes)
+        self._receivers: list[Receiver] = []
+        self._senders: list[Sender] = []
+        if transport is not None and left is not None and right is not None:
+            for item, size in enumerate(sizes):
+                self._receivers.append(transport.receiver(left, STATE_TAG + item, HEADER_BYTES + size, depth=1))
+                self._senders.append(transport.sender(right, STATE_TAG + item, HEADER_BYTES + size, depth=1))
+
+    @property
+    def on_ring(self) -> bool:
+        return bool(self._receivers)
+
+    def arrive(self, index: int, item: int) -> np.ndarray | None:
+        """What chunk `index` - 1 left of this item (uint8), or None when no document crosses the boundary.
+
+        Call it exactly once per chunk and item, except for chunk 0. Valid until `taken`.
+        """
+        if not self.on_ring:
+            return self._kept[item]
+        message = self._receivers[item].wait()
+        magic, due, of_item, nbytes = message[:HEADER_BYTES].view(np.int64)
+        if (magic, due, of_item) != (MAGIC, index, item):
+            raise RuntimeError(f"state of item {of_item} for chunk {due} arrived where {item} for {index} was due")
+        return message[HEADER_BYTES : HEADER_BYTES + int(nbytes)] if nbytes else None
+
+    def taken(self, item: int) -> None:
+        """The bytes of the last `arrive` have been copied."""
+        if self.on_ring:
+            self._receivers[item].release()
+
+    def outbox(self, item: int, nbytes: int) -> np.ndarray:
+        """Where to put what the next chunk needs of this item: uint8 [nbytes]. Follow it with `leave`."""
+        if not self.on_ring:
+            kept = self._kept[item]
+            if kept is None or len(kept) != nbytes:
+                kept = self._kept[item] = np.empty(nbytes, dtype=np.uint8)
+            return kept
+        return self._senders[item].buffer()[HEADER_BYTES : HEADER_BYTES + nbytes]
+
+    def leave(self, index: int, item: int, nbytes: int) -> None:
+        """Hand the outbox's content to chunk `index` + 1; `nbytes` 0 when no document crosses the boundary."""
+        if not self.on_ring:
+            if nbytes == 0:
+                self._kept[item] = None
+            return
+        sender = self._senders[item]
+        sender.buffer()[:HEADER_BYTES].view(np.int64)[:] = (MAGIC, index + 1, item, nbytes)
+        sender.send(HEADER_BYTES + nbytes)
+
+    def close(self) -> None:
+        """Everything sent has left; what is still posted is withdrawn."""
+        for sender in self._senders:
+            sender.flush()
+        for receiver in self._receivers:
+            receiver.cancel()
+
+    @property
+    def waited_s(self) -> float:
+        received = sum(receiver.waited_s for receiver in self._receivers)
+        return received + sum(sender.waited_s for sender in self._senders)

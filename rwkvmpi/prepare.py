@@ -1,0 +1,239 @@
+"""Everything that rank 0 finds out and decides before a token is read: is the job sound, is it new, where does it
+go on, and on which grid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkvmpi import __version__
+from rwkvmpi.config import Job
+from rwkvmpi.corpus.index import CorpusIndex, build_index, compare_fingerprints, order
+from rwkvmpi.corpus.tokenizers import load_tokenizer
+from rwkvmpi.errors import UserError
+from rwkvmpi.grid.figures import load_machine
+from rwkvmpi.grid.layout import Grid, check_grid
+from rwkvmpi.grid.plan import choose_grid, work_of
+from rwkvmpi.grid.queue import DocumentQueue
+from rwkvmpi.models.checkpoint import open_checkpoint
+from rwkvmpi.models.schema import ModelShape
+from rwkvmpi.store.commits import load_last_commit, remove_unlisted
+from rwkvmpi.store.files import dump_json, read_json, write_durably
+from rwkvmpi.store.ledger import Ledger
+from rwkvmpi.store.progress import Progress
+from rwkvmpi.store.run_folder import RunFolder
+
+BYTES_PER_TOKEN = {"bytes": 1.0}  # for estimates only; text in any other vocabulary has about four bytes a token
+NAMES_SENT = 100_000  # documents up to which every rank knows the ids, for its messages
+
+
+@dataclass
+class Examined:
+    """A job that was found sound: its model's shape, its documents, and what decides its results."""
+
+    job: Job
+    shape: ModelShape
+    index: CorpusIndex
+    tokenizer: str
+    identity: dict[str, Any]
+
+
+@dataclass
+class Preparation:
+    """What rank 0 knows when a run begins. `share` is the part that every rank needs, as plain values."""
+
+    run: RunFolder
+    job: Job
+    index: CorpusIndex
+    shape: ModelShape
+    grid: Grid
+    identity: dict[str, Any]
+    attempt: int
+    progress: Progress | None
+    queue: DocumentQueue
+    ledger: Ledger
+    bytes_per_token: float
+
+    def share(self) -> dict[str, Any]:
+        saved = self.progress.saved.to_json() if self.progress is not None and self.progress.in_flight else None
+        few = len(self.index) <= NAMES_SENT
+        return {
+            "job": self.job.model_dump(),
+            "grid": [self.grid.stages, self.grid.ring, self.grid.replicas],
+            "attempt": self.attempt,
+            "saved": saved,
+            "names": [self.index.id(doc) for doc in range(len(self.index))] if few else None,
+        }
+
+
+@dataclass
+class Finished:
+    """There is nothing to do: the run is complete."""
+
+    documents: int
+    failed: int
+
+
+def examine(job: Job) -> Examined:
+    """Check the model, the tokenizer and the input. UserError for everything a user can mend; nothing is written."""
+    with open_checkpoint(job.model.path) as checkpoint:
+        shape, model_sha256 = checkpoint.shape, checkpoint.sha256()
+    resolve(job)
+    tokenizer = load_tokenizer(job.model.tokenizer, shape.vocab_size)
+    index = build_index(job.input.paths, job.input.text_key, job.input.id_key)
+    identity = {
+        "task": job.task.name,
+        "window": job.task.window,
+        "model": model_sha256,
+        "tokenizer": [tokenizer.name, tokenizer.sha256],
+        "chunk": job.model.chunk,
+        "device": job.model.device,
+        "dtype": job.model.dtype,
+        "text_key": job.input.text_key,
+        "id_key": job.input.id_key,
+        "input": [list(entry) for entry in index.fingerprint()],
+    }
+    return Examined(job, shape, index, tokenizer.name, identity)
+
+
+def prepare(
+    examined: Examined, folder: Path, world: int, threads: int, memory_per_rank: float, force: bool
+) -> Preparation | Finished:
+    """Take the run folder, find the last commit, choose the grid. What an earlier job left is touched only with
+    `force`, and only by the holder of the lock."""
+    job, index, identity = examined.job, examined.index, examined.identity
+    run = RunFolder(folder)
+    run.create()
+    run.lock.acquire()
+    try:
+        if force:
+            clear(run)
+        else:
+            check_identity(run, identity)
+            if run.finished:
+                summary = json.loads(run.success.read_text())
+                run.remove_parts()  # a kill may have come between SUCCESS and this
+                run.lock.release()
+                return Finished(int(summary["documents"]), int(summary["failed"]))
+        attempt = run.next_attempt()
+        run.remove_stop()
+        commit = load_last_commit(run, discard_bad=True)
+        remove_unlisted(run)
+        progress = Progress(run, commit) if commit is not None else None
+        grid = choose(examined, progress, world, threads, memory_per_rank)
+        write_durably(identity_path(run), dump_json(identity))
+        job.grid.stages, job.grid.ring, job.grid.replicas = grid.stages, grid.ring, grid.replicas
+        job.run.threads = threads
+        write_durably(run.job_toml, job.to_toml().encode())
+    except UserError:
+        run.lock.release()
+        raise
+    ledger = Ledger(run, attempt, sha256_of(identity), len(index), progress)
+    queue = _queue(index, progress, grid.replicas)
+    per_token = BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)
+    return Preparation(run, job, index, examined.shape, grid, identity, attempt, progress, queue, ledger, per_token)
+
+
+def show_plan(examined: Examined, folder: Path, world: int, threads: int, memory_per_rank: float, force: bool) -> None:
+    """--dry-run: the resolved job and what it would read, on stdout; nothing is taken or written."""
+    job, run = examined.job, RunFolder(folder)
+    if run.exists and not force:
+        check_identity(run, examined.identity)
+    grid = choose(examined, None, world, threads, memory_per_rank)
+    job.grid.stages, job.grid.ring, job.grid.replicas = grid.stages, grid.ring, grid.replicas
+    job.run.threads = threads
+    nbytes = int(examined.index.nbytes.sum())
+    print(job.to_toml(), end="")
+    print(f"# {len(examined.index):,} documents of about {nbytes:,} bytes; nothing was read or written", flush=True)
+
+
+def resolve(job: Job) -> None:
+    """Put what `auto` stands for in its place: the results depend on it, so the job says it."""
+    if job.model.device == "auto":
+        job.model.device = "cpu"
+    if job.model.dtype == "auto":
+        job.model.dtype = "float32" if job.model.device == "cpu" else "bfloat16"
+    if job.grid.transport == "auto":
+        job.grid.transport = "mpi"
+    if job.model.device == "cuda":
+        raise UserError("--device cuda: this version computes on CPUs only; leave the option out, or say cpu")
+    if job.model.dtype == "float16":
+        raise UserError("--dtype float16: this needs a GPU; on a CPU use float32 or bfloat16")
+    if job.grid.transport == "verbs":
+        raise UserError("--transport verbs: this version has the transport mpi only; leave the option out")
+
+
+def check_identity(run: RunFolder, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a job whose results would be others than those that lie in the run folder."""
+    old = read_json(identity_path(run))
+    if old is None:
+        return  # killed before anything was computed
+    way_out = f"give another run folder, or --force to throw away what {run.path} holds"
+    for key, value in identity.items():
+        before = old.get(key)
+        if key == "input":
+            difference = compare_fingerprints(before or [], value)
+            if difference is not None:
+                raise UserError(f"{run.path}: this run was started with other input: {difference}; {way_out}")
+        elif before != value:
+            what = {"model": "model (its SHA-256)"}.get(key, key)
+            raise UserError(f"{run.path}: this run was started with {what} = {before}, now it is {value}; {way_out}")
+
+
+def identity_path(run: RunFolder) -> Path:
+    """Where the settings and fingerprints lie that decide what a run's results are."""
+    return run.path / "identity.json"
+
+
+def sha256_of(identity: dict[str, Any]) -> str:
+    """The identity in one number."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def clear(run: RunFolder) -> None:
+    """--force: remove results, commits and shards of the job that was here before; the lock is held."""
+    for path in [run.success, run.results, identity_path(run), run.job_toml, *run.commit_paths(), *run.shard_paths()]:
+        path.unlink(missing_ok=True)
+
+
+def provenance(argv: list[str], library: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where results come from; kept beside them, not part of their identity."""
+    import h5py
+    import torch
+
+    versions = {"rwkvmpi": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"numpy": np.__version__, "h5py": h5py.__version__}
+    return {"argv": argv, "versions": versions, "mpi": library, "platform": platform.platform(), "ranks": ranks}
+
+
+def _queue(index: CorpusIndex, progress: Progress | None, takers: int) -> DocumentQueue:
+    done = progress.done if progress is not None else np.zeros(0, np.int64)
+    begun = [entry.doc for entry in progress.in_flight] if progress is not None else []
+    return DocumentQueue(order(index), index.nbytes, done, begun, takers)
+
+
+def choose(examined: Examined, progress: Progress | None, world: int, threads: int, memory_per_rank: float) -> Grid:
+    """The grid asked for, or the fastest for what is left to read."""
+    job, shape, index = examined.job, examined.shape, examined.index
+    left = np.ones(len(index), dtype=bool)
+    if progress is not None:
+        left[progress.done] = False
+    tokens = (index.nbytes[left] / BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)).astype(np.int64)
+    work = work_of(shape, 4 if job.model.dtype == "float32" else 2, job.model.chunk, tokens, job.task.name == "score")
+    grid = choose_grid(
+        work,
+        world,
+        load_machine(job.model.device, job.model.dtype, threads),
+        stages=job.grid.stages,
+        ring=job.grid.ring,
+        replicas=job.grid.replicas,
+        memory_per_rank=memory_per_rank,
+    )
+    check_grid(grid, world, shape.n_layer)
+    return grid

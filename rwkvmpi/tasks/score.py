@@ -1,0 +1,33 @@
+"""score: the log-probability of every token given all before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwkvmpi.corpus.stream import COUNT, DOC, POSITION, ROW
+from rwkvmpi.errors import NumericalError
+from rwkvmpi.tasks.base import Recorder, Task
+
+
+class ScoreTask(Task):
+    name = "score"
+    needs_head = True
+
+    def consume(
+        self, stage: Any, segments: np.ndarray, targets: np.ndarray, hidden: Any, carry: np.ndarray, recorder: Recorder
+    ) -> np.ndarray:
+        logprobs = stage.logprobs(hidden, torch.from_numpy(targets)).numpy()
+        for segment in segments:
+            row, count = int(segment[ROW]), int(segment[COUNT])
+            wanted = targets[row : row + count]
+            scored = count - 1 if wanted[-1] < 0 else count  # a document's last position predicts nothing
+            if scored:
+                values = logprobs[row : row + scored]
+                if not np.isfinite(values).all():
+                    token = int(segment[POSITION]) + int(np.flatnonzero(~np.isfinite(values))[0])
+                    raise NumericalError(f"document {segment[DOC]}: the log-probability of token {token} is not finite")
+                recorder.add_tokens(int(segment[DOC]), int(segment[POSITION]), wanted[:scored], values)
+        return carry
