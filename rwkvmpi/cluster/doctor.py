@@ -1,0 +1,86 @@
+"""The doctor: looks at this machine, the installation, MPI, the folder of a run and a model, and names remedies.
+
+Every check yields findings; a check that itself falls over is a finding too. Nothing here changes anything, except
+the fixes that the user asks for and that cannot do harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rwkvmpi.errors import UserError
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass
+class Finding:
+    """One thing looked at. `remedy` says what to do where it is not ok; `fix` does it, where that is safe."""
+
+    name: str
+    status: Status
+    value: str
+    remedy: str = ""
+    fix: Callable[[], None] | None = field(default=None, repr=False)
+    fixed: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding without its function."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "value": self.value,
+            "remedy": self.remedy,
+            "fixable": self.fix is not None,
+            "fixed": self.fixed,
+        }
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, Check]]:
+    """All checks in the order of the report, each with the name it reports under if it falls over."""
+    from rwkvmpi.cluster import machine_checks, mpi_checks, number_checks
+
+    found: list[tuple[str, Check]] = [
+        ("python", machine_checks.python),
+        ("packages", machine_checks.packages),
+        ("processor", machine_checks.processor),
+        ("shared memory", machine_checks.shared_memory),
+        ("folder", lambda: machine_checks.run_folder(folder)),
+        ("hdf5", lambda: machine_checks.hdf5(folder)),
+        ("slurm", machine_checks.slurm),
+        ("rdma", machine_checks.rdma),
+        ("mpi", mpi_checks.mpi_library),
+        ("torch", number_checks.torch_library),
+        ("operators", number_checks.operators),
+        ("matrix products", number_checks.matrix_rows),
+    ]
+    if model is not None:
+        found.append(("model", lambda: number_checks.model_and_tokenizer(model, tokenizer)))
+    return found
+
+
+def examine(name: str, check: Check) -> Iterator[Finding]:
+    """Run one check; an exception becomes a finding instead of ending the report."""
+    try:
+        yield from check()
+    except UserError as error:
+        yield Finding(name, "fail", str(error))
+    except Exception as error:
+        yield Finding(name, "fail", f"the check itself failed: {type(error).__name__}: {error}", "report this")
+
+
+def mend(finding: Finding) -> Finding:
+    """Apply the finding's fix; the finding comes back as ok, or says why the fix failed."""
+    if finding.fix is None or finding.status == "ok":
+        return finding
+    try:
+        finding.fix()
+    except Exception as error:
+        return Finding(finding.name, "fail", f"{finding.value}; --fix failed: {error}", finding.remedy)
+    return Finding(finding.name, "ok", f"mended: {finding.remedy} (was: {finding.value})", fixed=True)

@@ -1,0 +1,34 @@
+"""What the tests that start ranks share: the mpirun, the ranks' program and their environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import rwkvmpi
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def environment() -> dict[str, str]:
+    """For ranks on any machine: as root, more ranks than cores, and with the package that is under test."""
+    return os.environ | {
+        "PYTHONPATH": str(Path(rwkvmpi.__file__).parents[1]),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Poll until the condition holds; an assertion fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
