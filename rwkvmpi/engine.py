@@ -15,6 +15,7 @@ from rwkvmpi.cluster import logs
 from rwkvmpi.cluster.signals import StopRequest
 from rwkvmpi.config import Job, parse_commit_every
 from rwkvmpi.corpus.feeder import Feeder
+from rwkvmpi.errors import UserError
 from rwkvmpi.grid.control import COORDINATOR, Control
 from rwkvmpi.grid.coordinator import Coordinator
 from rwkvmpi.grid.layout import Grid, split_layers
@@ -26,6 +27,7 @@ from rwkvmpi.grid.wiring import relay_on_ring, sender_below, slot_senders, suppl
 from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import open_checkpoint
 from rwkvmpi.models.model import Stage
+from rwkvmpi.ops import library
 from rwkvmpi.prepare import Preparation
 from rwkvmpi.store.progress import SavedStates
 from rwkvmpi.store.run_folder import RunFolder
@@ -59,6 +61,7 @@ class Engine:
         self._stop = StopRequest(folder if self._rank == 0 else None, job.run.max_time).install()
         self._stop_told = False
         torch.set_num_threads(job.run.threads)
+        self._check_processors()
         place = grid.place(self._rank)
         with open_checkpoint(job.model.path) as checkpoint:
             shape = checkpoint.shape
@@ -122,6 +125,19 @@ class Engine:
             self._coordinator.commits,
             self._coordinator.farewells,
         )
+
+    def _check_processors(self) -> None:
+        """Ranks that round differently would break the promise that the layout does not show in the bits."""
+        if self._comm is None:
+            return
+        builds = self._comm.allgather((library.current(), platform.node()))
+        if len({build for build, _ in builds}) > 1:
+            found = ", ".join(f"{build} on {node}" for build, node in sorted(set(builds)))
+            slowest = min((build for build, _ in builds), key=library.VARIANTS.index)
+            raise UserError(
+                f"the ranks' processors run different builds of the operators ({found}), whose results differ in the "
+                f"last bits; start the job on nodes of one kind, or with RWKVMPI_ISA={slowest} in its environment"
+            )
 
     def _farewell(self) -> None:
         """Wait until the own shards are safe and reported, then tell the coordinator what this rank has done."""

@@ -53,15 +53,25 @@ def group() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """The entry point: a user's mistake is one sentence on stderr and exit code 2, never a traceback."""
+    """The entry point: a user's mistake is one sentence on stderr and exit code 2, never a traceback.
+
+    Under a launcher every rank finds the same mistake on the command line; rank 0 alone speaks of it.
+    """
+    from rwkvmpi.cluster.launcher import launch_facts
+
     try:
-        group.main(args=arguments, prog_name="rwkvmpi", standalone_mode=True)
-    except UserError as error:
-        click.echo(f"rwkvmpi: {error}", err=True)
-        sys.exit(2)
-    except NumericalError as error:
-        click.echo(f"rwkvmpi: {error}", err=True)
-        sys.exit(1)
+        code = group.main(args=arguments, prog_name="rwkvmpi", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        if launch_facts().rank == 0:
+            error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except (UserError, NumericalError) as error:
+        from rwkvmpi.cluster.mpi import fail
+
+        fail(error)
     except BrokenPipeError:  # `rwkvmpi inspect ... | head`: the reader went away, which is no mistake
         sys.stderr.close()
         sys.exit(0)

@@ -18,16 +18,38 @@ State = list[dict[str, Any]]
 BOUNDARY = 32  # tokens after which "state_transposed" hands the state over wrongly, as at a chunk's end
 
 _COMMON = ("ln0_twice", "ln0_never", "state_leaks", "shift_leaks", "mix_reversed", "shifts_swapped")
-_GROUPNORM = ("groupnorm_eps_1e-5", "groupnorm_eps_heads", "groupnorm_eps_head_size", "state_transposed",
-              "bonus_missing")
+_GROUPNORM = (
+    "groupnorm_eps_1e-5",
+    "groupnorm_eps_heads",
+    "groupnorm_eps_head_size",
+    "state_transposed",
+    "bonus_missing",
+)
 MISTAKES: dict[str, tuple[str, ...]] = {
     "4": (*_COMMON, "bonus_missing", "decay_before_reading"),
     "5.0": (*_COMMON, *_GROUPNORM, "bonus_not_exponential", "gate_added", "decay_before_reading"),
     "5.2": (*_COMMON, *_GROUPNORM, "bonus_exponential", "gate_sigmoid", "decay_before_reading"),
-    "6": (*_COMMON, *_GROUPNORM, "gate_sigmoid", "maa_order", "decay_tanh_missing", "decay_before_reading",
-          "time_state_ignored", "time_state_transposed"),
-    "7": (*_COMMON, *_GROUPNORM, "v_first_not_sent", "k_a_missing", "kk_not_normalised", "kk_after_k_a",
-          "x_a_x_g_swapped", "decay_constant_missing", "a_not_in_removal"),
+    "6": (
+        *_COMMON,
+        *_GROUPNORM,
+        "gate_sigmoid",
+        "maa_order",
+        "decay_tanh_missing",
+        "decay_before_reading",
+        "time_state_ignored",
+        "time_state_transposed",
+    ),
+    "7": (
+        *_COMMON,
+        *_GROUPNORM,
+        "v_first_not_sent",
+        "k_a_missing",
+        "kk_not_normalised",
+        "kk_after_k_a",
+        "x_a_x_g_swapped",
+        "decay_constant_missing",
+        "a_not_in_removal",
+    ),
 }
 
 
@@ -51,7 +73,7 @@ def _as_array(value: Any) -> Array:
 
 
 def version_of(names: Mapping[str, Any]) -> str:
-    """"4", "5.0", "5.2", "6" or "7", told by the tensors' names in the order the facts give."""
+    """ "4", "5.0", "5.2", "6" or "7", told by the tensors' names in the order the facts give."""
     if "blocks.0.att.k_k" in names:
         return "7"
     if "blocks.0.att.time_maa_x" in names:
@@ -85,8 +107,11 @@ class Oracle:
         else:
             self.heads = 1
         self.size = self.width // self.heads
-        self.eps = {"groupnorm_eps_1e-5": 1e-5, "groupnorm_eps_heads": self.heads * 1e-5,
-                    "groupnorm_eps_head_size": self.size * 1e-5}.get(mistake or "", 64e-5)
+        self.eps = {
+            "groupnorm_eps_1e-5": 1e-5,
+            "groupnorm_eps_heads": self.heads * 1e-5,
+            "groupnorm_eps_head_size": self.size * 1e-5,
+        }.get(mistake or "", 64e-5)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -187,8 +212,10 @@ class Oracle:
 
     def _att4(self, p: str, u: Array, own: dict[str, Any]) -> Array:
         w = self.w
-        k, v, r = (w[f"{p}{m}.weight"] @ self._mix(f"{p}time_mix_{m[0]}", u, own["att"])
-                   for m in ("key", "value", "receptance"))
+        k, v, r = (
+            w[f"{p}{m}.weight"] @ self._mix(f"{p}time_mix_{m[0]}", u, own["att"])
+            for m in ("key", "value", "receptance")
+        )
         aa, bb, pp = own["wkv"]
         if self.mistake == "decay_before_reading":
             pp = pp - np.exp(w[p + "time_decay"].ravel())
@@ -217,8 +244,10 @@ class Oracle:
 
     def _att5(self, p: str, u: Array, own: dict[str, Any]) -> Array:
         w, shape = self.w, (self.heads, self.size)
-        r, k, v = ((w[f"{p}{m}.weight"] @ self._mix(f"{p}time_mix_{m[0]}", u, own["att"])).reshape(shape)
-                   for m in ("receptance", "key", "value"))
+        r, k, v = (
+            (w[f"{p}{m}.weight"] @ self._mix(f"{p}time_mix_{m[0]}", u, own["att"])).reshape(shape)
+            for m in ("receptance", "key", "value")
+        )
         decay = np.exp(-np.exp(w[p + "time_decay"]))
         bonus = w[p + ("time_first" if self.version == "5.0" else "time_faaaa")]
         if (self.version == "5.0") != (self.mistake in ("bonus_not_exponential", "bonus_exponential")):

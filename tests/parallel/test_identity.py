@@ -66,7 +66,7 @@ def test_a_document_alone_is_the_same_as_among_others(rwkvmpi, small_model, writ
                     if task == "score":
                         pairs = zip(together.tokens(doc), alone.tokens(0), strict=True)
                     elif task == "embed":
-                        pairs = [(together.embeddings(doc)[0], alone.embeddings(0)[0])]
+                        pairs = [(together.embeddings(doc)["vector"], alone.embeddings(0)["vector"])]
                     else:
                         pairs = zip(together.state(doc), alone.state(0), strict=True)
                     for left, right in pairs:
