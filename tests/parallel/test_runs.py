@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command, environment
+from launching import command, environment
 
 from rwkvmpi.store.digest import content_digest
 from rwkvmpi.store.results import open_results
