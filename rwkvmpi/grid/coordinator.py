@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,8 @@ class Coordinator:
         self._control, self._grid, self._queue, self._ledger, self._begun = control, grid, queue, ledger, begun
         self._reference, self._on_failed, self._stop_on_error = reference, on_failed, stop_on_error
         self._replicas = [_Replica(grid.members(d)) for d in range(grid.replicas)]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
+        self._saving: Future[Any] | None = None
         self._dirty = False
         self._saved_at = 0.0
         self._stop_sent = False
@@ -64,17 +67,29 @@ class Coordinator:
         control.handle("farewell", lambda source, message: self.farewells.__setitem__(source, message))
 
     def tick(self) -> None:
-        """Write a commit when there is something new and the last one is not of this very moment."""
-        if self._dirty and time.monotonic() - self._saved_at >= COMMIT_SPACING_S:
-            self.save_now()
+        """Write a commit when there is something new and the last one is not of this very moment.
 
-    def save_now(self) -> None:
-        """Commit what all ranks have reported, if anything is new."""
-        if self._dirty:
-            self._ledger.write()
+        A thread of its own waits for the disk: this rank's layers do not. An error of it surfaces here.
+        """
+        if self._saving is not None and self._saving.done():
+            self._saving.result()
+            self._saving = None
+        if self._dirty and self._saving is None and time.monotonic() - self._saved_at >= COMMIT_SPACING_S:
+            self._saving = self._thread.submit(self._ledger.save, self._ledger.commit())
             self.commits += 1
             self._dirty = False
             self._saved_at = time.monotonic()
+
+    def save_now(self) -> None:
+        """Commit what all ranks have reported, and wait for it. Nothing more can be committed afterwards."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
+        if self._dirty:
+            self._ledger.save(self._ledger.commit())
+            self.commits += 1
+            self._dirty = False
+        self._thread.shutdown()
 
     def stop(self, reason: str) -> None:
         """Let every source end its stream after the chunks that are on their way."""

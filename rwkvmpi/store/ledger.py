@@ -76,7 +76,10 @@ class Ledger:
 
     def write(self, extra: dict[str, Any] | None = None) -> Path:
         """Commit what has been applied so far (blocks for an fsync or two). UserError when the disk is full."""
-        commit = self.commit(extra)
+        return self.save(self.commit(extra))
+
+    def save(self, commit: Commit) -> Path:
+        """Write what `commit` gave; may run in another thread, one at a time, while cuts are applied."""
         path = write_commit(self._run, commit)
         self._number = commit.number
         return path

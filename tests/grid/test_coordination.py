@@ -43,7 +43,10 @@ class Book:
     def apply(self, replica, commit, cuts, in_flight):
         self.applied.append((replica, commit, sorted(cut.rank for cut in cuts), in_flight))
 
-    def write(self):
+    def commit(self):
+        return None
+
+    def save(self, commit):
         self.written += 1
 
 
