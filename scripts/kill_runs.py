@@ -138,6 +138,7 @@ class Trials:
                 "exit_code": process.returncode,
             }
         )
+        return True
 
     def kill(self, process: subprocess.Popen[bytes], victim: str, mark: str) -> None:
         if victim == "everything":
