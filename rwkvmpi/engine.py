@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 import resource
 import time
@@ -35,6 +37,7 @@ from rwkvmpi.store.shards import ShardWriter
 from rwkvmpi.tasks import make_task
 
 PROGRESS_EVERY_S = 1.0
+M_ARENA_MAX = -8  # mallopt's number for it in glibc's malloc.h
 
 
 @dataclass
@@ -42,8 +45,8 @@ class Outcome:
     """How the reading ended, as rank 0 knows it."""
 
     stop_reason: str = ""
-    tokens: int = 0
-    seconds: float = 0.0
+    tokens: int = 0  # read after the first chunks, which warm everything up
+    seconds: float = 0.0  # that it took
     commits: int = 0
     farewells: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -52,6 +55,7 @@ class Engine:
     """Builds stage, task, channels, source and ledger of one rank. `preparation` is rank 0's, None elsewhere."""
 
     def __init__(self, comm: Any, folder: Path, shared: dict[str, Any], preparation: Preparation | None) -> None:
+        share_one_heap()
         self._comm = comm
         self._rank = comm.rank if comm is not None else 0
         self._job = job = Job.model_validate(shared["job"])
@@ -104,7 +108,6 @@ class Engine:
 
     def run(self) -> Outcome | None:
         """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
-        start = time.perf_counter()
         with self._progress_bar():
             self._wavefront.run()
             self._farewell()
@@ -120,8 +123,8 @@ class Engine:
         tokens, _ = self._coordinator.progress
         return Outcome(
             self._coordinator.stop_reason,
-            tokens,
-            time.perf_counter() - start,
+            tokens - sum(farewell["warm_up_tokens"] for farewell in self._coordinator.farewells.values()),
+            max(farewell["reading_s"] for farewell in self._coordinator.farewells.values()),
             self._coordinator.commits,
             self._coordinator.farewells,
         )
@@ -156,6 +159,8 @@ class Engine:
             threads=torch.get_num_threads(),
             device=self._job.model.device,
             busy_s=counters.busy_s,
+            reading_s=counters.reading_s,
+            warm_up_tokens=counters.warm_up_tokens,
             tokens=counters.chunks * self._job.model.chunk,
             flops=counters.chunks * self._job.model.chunk * self._flops_per_token,
             waits=waits,
@@ -225,3 +230,10 @@ class Engine:
 
     def _name_of(self, doc: int) -> str:
         return f"document {self._names[doc]!r}" if self._names is not None else f"document number {doc}"
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap. glibc gives every thread its own, and what the thread that writes shards
+    frees in its heap would stay there: a rank's memory would creep up by tens of megabytes in a long run."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library, which has no such heaps
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

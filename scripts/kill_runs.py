@@ -141,12 +141,12 @@ class Trials:
         return True
 
     def kill(self, process: subprocess.Popen[bytes], victim: str, mark: str) -> None:
+        """The victims may end by themselves while they are looked for."""
         if victim == "everything":
             for other in marked(mark):
                 send_kill(other.pid)
-        ranks = [other for other in marked(mark) if "score" in other.cmdline() and other.pid != process.pid]
-        if victim == "rank" and ranks:
-            send_kill(self.random.choice(ranks).pid)
+        elif victim == "rank" and (ranks := [pid for pid in ranks_of(mark) if pid != process.pid]):
+            send_kill(self.random.choice(ranks))
         else:
             send_kill(process.pid)
 
@@ -177,6 +177,19 @@ def marked(mark: str) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
+    return found
+
+
+def ranks_of(mark: str) -> list[int]:
+    """The processes of a trial that compute."""
+    found = []
+    for process in marked(mark):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if "score" in words and "mpirun" not in words[0] and "prterun" not in words[0]:
+            found.append(process.pid)
     return found
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 import tempfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol, cast
@@ -159,13 +160,13 @@ class _FrameStream(io.RawIOBase):
         self._raw.close()
         super().close()
 
+    @abstractmethod
     def _new_frame(self, data: bytes) -> Any:
         """A decompressor for the frame that begins with `data`; None when that is padding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decompress(self, data: bytes) -> tuple[bytes, bytes]:
         """(some output, the input that is left)."""
-        raise NotImplementedError
 
 
 class _GzipStream(_FrameStream):

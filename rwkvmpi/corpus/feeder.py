@@ -27,7 +27,7 @@ from rwkvmpi.corpus.index import DocumentRef
 
 __all__ = ["Begin", "Block", "End", "Event", "Failed", "Feeder", "InFlight", "TokenCursor"]
 
-READ_AHEAD = 8 << 20  # bytes of events that wait in the parent; a pipe's and a block's worth more is under way
+READ_AHEAD = 2 << 20  # bytes of events that wait in the parent; a pipe's and a block's worth more is under way
 
 
 class Feeder:

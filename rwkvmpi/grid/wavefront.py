@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +71,9 @@ class Counters:
     tokens: int = 0
     documents: int = 0
     busy_s: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0  # when the first frame came, or the second: what lies before is start-up and warm-up
+    warm_up_tokens: int = 0  # tokens read before that
+    reading_s: float = 0.0
 
 
 class Wavefront:
@@ -109,6 +111,8 @@ class Wavefront:
             self._poll()
             frame = self._supply.next(index)
             frame.check(index)
+            if self.counters.chunks <= 1 and not frame.ends_stream:
+                self.counters.begun, self.counters.warm_up_tokens = time.perf_counter(), self.counters.tokens
             cut = frame.cut if frame.commit != self._commit else None
             if frame.commit != self._commit:
                 self._commit = frame.commit
@@ -117,6 +121,7 @@ class Wavefront:
                     self._ledger.close_states(self._commit)
             if frame.ends_stream:
                 self._end(frame, cut)
+                self.counters.reading_s = time.perf_counter() - self.counters.begun
                 return
             self._read(frame, cut)
             self._supply.release()

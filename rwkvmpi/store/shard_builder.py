@@ -18,7 +18,7 @@ import numpy as np
 from rwkvmpi.store.files import write_durably
 from rwkvmpi.store.shard_file import Kind, ShardRef, build_image, shard_name
 
-DEFAULT_LIMIT_BYTES = 4 << 20
+DEFAULT_LIMIT_BYTES = 1 << 20
 MAX_LIMIT_BYTES = 64 << 20
 _ITEMS_PER_SHARD = 16  # at least so many of the largest items (states, vectors), as far as MAX_LIMIT_BYTES allows
 _ROW_BYTES = 64  # what a row of a table is counted for
