@@ -12,7 +12,7 @@ from rwkvmpi.cluster import affinity, logs, mpi
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.config import Job
 
-EXIT_DONE, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 0, 2, 3, 75
+EXIT_DONE, EXIT_SOME_FAILED = 0, 3
 
 
 def main(make_job: Callable[[], Job], folder: Path, *, force: bool, dry_run: bool) -> NoReturn:
