@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +25,11 @@ FLAGS = shlex.split(
 # The psABI's levels x86-64-v3 and v4, spelled out: older compilers do not know the names.
 V3 = shlex.split("-mavx -mavx2 -mbmi -mbmi2 -mf16c -mfma -mlzcnt -mmovbe -mpopcnt")
 V4 = [*V3, *shlex.split("-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl")]
+PRODUCTS = [*V4, "-mavx512bf16", "-mavx512vnni"]
+TILES = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 VARIANTS: dict[str, list[str]] = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"avx2": V3, "avx512": V4}
+    VARIANTS |= {"avx2": V3, "avx512": V4, "avx512bf16": PRODUCTS, "amx": [*PRODUCTS, *TILES]}
 
 
 class BuildLibraries(build_ext):
@@ -51,6 +54,9 @@ class BuildLibraries(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         flags = [*FLAGS, *ext.extra_compile_args, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        if ext.optional and not accepts([*compiler, *flags], objects):
+            print(f"{library.name} is left out: {compiler[0]} does not know {' '.join(ext.extra_compile_args)}")
+            return
 
         def compile_source(source: Path) -> str:
             target = str(objects / f"{source.stem}.o")
@@ -61,6 +67,14 @@ class BuildLibraries(build_ext):
         fresh = library.with_suffix(f".so.{os.getpid()}")  # renamed at the end: a running program keeps the old one
         self.spawn([*compiler, "-shared", "-fopenmp", *compiled, "-o", str(fresh)])
         os.replace(fresh, library)
+
+
+def accepts(command: list[str], folder: Path) -> bool:
+    """Whether this compiler knows these flags: GCC does since 8 (AVX-512), 10 (AVX512_BF16) and 11 (AMX)."""
+    empty = folder / "empty.cpp"
+    empty.touch()
+    done = subprocess.run([*command, "-c", str(empty), "-o", str(empty.with_suffix(".o"))], capture_output=True)
+    return done.returncode == 0
 
 
 SOURCES = sorted(str(path) for path in HOST.glob("*.cpp"))
@@ -78,7 +92,9 @@ setup(
     packages=find_packages(include=["rwkvmpi", "rwkvmpi.*"]),
     package_data={"rwkvmpi": ["ops/*.so", "data/*"]},
     ext_modules=[
-        Extension(f"rwkvmpi.ops._cpu_{variant}", SOURCES, depends=HEADERS, extra_compile_args=flags)
+        Extension(
+            f"rwkvmpi.ops._cpu_{variant}", SOURCES, depends=HEADERS, extra_compile_args=flags, optional=bool(flags)
+        )
         for variant, flags in VARIANTS.items()
     ],
     cmdclass={"build_ext": BuildLibraries},

@@ -1,66 +1,101 @@
-// Log-probability of given tokens from logits that arrive one block of the vocabulary at a time: an online
-// log-sum-exp.
+// The head: log-probabilities of given tokens. The logits of 512 ids at a time exist while they are in the first-level
+// cache; of each such block a maximum and a sum of exponentials remain, which are put together in the order of the ids.
 #include <cmath>
 #include <limits>
 
 #include "functions.h"
 #include "parallel.h"
-#include "tensors.h"
+#include "product.h"
+#include "product_scratch.h"
 
 using namespace rwkv;
 
 namespace {
 
-constexpr int64_t ROWS_PER_THREAD = 2;
-constexpr int64_t PIECE = 512;  // logits summed in float before the sum goes on in double
+constexpr int64_t BLOCK_PANELS = 16, BLOCK = BLOCK_PANELS * PANEL;
+constexpr int64_t ROWS_PER_THREAD = 16;
 
-template <class T> void take_row(const T* logits, int64_t n, float& maximum, double& total) {
+RWKV_INLINE vf first_lanes(vf x, int64_t n) {
+  if (__builtin_expect(n >= LANES, 1)) return x;
+  for (int64_t i = n; i < LANES; i++) x[i] = 0.0f;
+  return x;
+}
+
+// Of a row's logits in one block: e^maximum * sum is the sum of their exponentials.
+struct Partial {
+  float maximum, sum;
+};
+
+RWKV_INLINE Partial partial(const float* logits, int64_t n) {
   Wide most;
   for (auto& p : most.part) p = splat(-std::numeric_limits<float>::infinity());
   int64_t i = 0;
   for (; i + WIDE <= n; i += WIDE)
     for (int p = 0; p < PARTS; p++) most.part[p] = larger(load(logits + i + p * LANES), most.part[p]);
-  float now = largest(most);
-  for (; i < n; i++) {
-    const float x = load(logits + i, 1)[0];
-    now = x > now ? x : now;
-  }
-  now = maximum > now ? maximum : now;
-  total *= (double)exp(splat(maximum - now))[0];
-  for (int64_t begin = 0; begin < n; begin += PIECE)
-    total += (double)row_sum(n - begin < PIECE ? n - begin : PIECE, [&](int64_t j, int64_t left) {
-      return first_lanes(exp(load(logits + begin + j, left) - splat(now)), left);
-    });
-  maximum = now;
+  float maximum = largest(most);
+  for (; i < n; i++) maximum = logits[i] > maximum ? logits[i] : maximum;
+  return {maximum, row_sum(n, [&](int64_t j, int64_t left) {
+            return first_lanes(exp(load(logits + j, left) - splat(maximum)), left);
+          })};
 }
 
-template <class T>
-void take_block(const T* logits, int64_t rows, int64_t n, int64_t first_id, const int64_t* targets, float* maximum,
-                double* total, float* target_logit, int threads) {
-  parallel_ranges(rows, ROWS_PER_THREAD, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      if (targets[t] < 0) continue;
-      take_row(logits + t * n, n, maximum[t], total[t]);
-      const int64_t i = targets[t] - first_id;
-      if (i >= 0 && i < n) target_logit[t] = load(logits + t * n + i, 1)[0];
+struct LogProbabilities final : rwkv::Sink {
+  int64_t vocabulary, blocks;
+  const int64_t *index, *targets;  // row t of the product belongs to targets[index[t]]
+  Partial* partials;               // [rows, blocks]
+  float* target_logits;
+
+  void take(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float* sums,
+            int64_t stride) const override {
+    for (int64_t i = 0; i < rows; i++, sums += stride) {
+      const int64_t target = targets[index[row + i]];
+      for (int64_t p = 0; p < panels; p += BLOCK_PANELS) {
+        const int64_t first = (panel + p) * PANEL;
+        const int64_t n = vocabulary - first < BLOCK ? vocabulary - first : BLOCK;
+        partials[(row + i) * blocks + first / BLOCK] = partial(sums + p * PANEL, n);
+        if (target >= first && target < first + n) target_logits[row + i] = sums[p * PANEL + target - first];
+      }
     }
-  });
-}
+  }
+
+  float put_together(int64_t row) const {
+    const Partial* own = partials + row * blocks;
+    float maximum = own[0].maximum;
+    for (int64_t b = 1; b < blocks; b++) maximum = own[b].maximum > maximum ? own[b].maximum : maximum;
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; b += LANES) {
+      const int64_t count = blocks - b < LANES ? blocks - b : LANES;
+      float below[LANES] = {};
+      for (int64_t i = 0; i < count; i++) below[i] = own[b + i].maximum - maximum;
+      store(below, exp(load(below)));
+      for (int64_t i = 0; i < count; i++) total += (double)below[i] * (double)own[b + i].sum;
+    }
+    return (float)((double)target_logits[row] - (double)maximum - std::log(total));
+  }
+};
 
 }  // namespace
 
-// logits: [rows, n] of the ids first_id .. first_id + n - 1. Before the first block: maximum = -Inf, total = 0.
-RWKV_API void rwkvmpi_logprob_block(const void* logits, int is_bf16, int64_t rows, int64_t n, int64_t first_id,
-                                    const int64_t* targets, float* maximum, double* total, float* target_logit,
-                                    int threads) {
-  if (is_bf16)
-    take_block((const bf16*)logits, rows, n, first_id, targets, maximum, total, target_logit, threads);
-  else
-    take_block((const float*)logits, rows, n, first_id, targets, maximum, total, target_logit, threads);
-}
-
-RWKV_API void rwkvmpi_logprob_finish(int64_t rows, const int64_t* targets, const float* maximum, const double* total,
-                                     const float* target_logit, float* out) {
-  for (int64_t t = 0; t < rows; t++)
-    out[t] = targets[t] < 0 ? 0.0f : (float)((double)target_logit[t] - (double)maximum[t] - std::log(total[t]));
+// out[t] = ln softmax(x[t] w^T)[targets[t]], 0 where the target is -1; x: `rows` rows of `inputs` elements, `x_stride`
+// apart, float for kind FLOAT32, else bfloat16; data: packed weights of `outputs` ids (product.h).
+RWKV_API void rwkvmpi_head_logprobs(int kind, const void* x, int64_t x_stride, int64_t rows, const void* data,
+                                    int64_t outputs, int64_t inputs, const int64_t* targets, float* out, int threads) {
+  static thread_local Scratch index_scratch, partials_scratch, logits_scratch;
+  int64_t *index = index_scratch.get<int64_t>(rows), count = 0;
+  for (int64_t t = 0; t < rows; t++) {
+    out[t] = 0.0f;
+    if (targets[t] >= 0) index[count++] = t;
+  }
+  if (!count) return;
+  LogProbabilities sink;
+  sink.vocabulary = outputs;
+  sink.blocks = (outputs + BLOCK - 1) / BLOCK;
+  sink.index = index;
+  sink.targets = targets;
+  sink.partials = partials_scratch.get<Partial>(count * sink.blocks);
+  sink.target_logits = logits_scratch.get<float>(count);
+  multiply({x, x_stride, count, index}, {kind, outputs, inputs, (const char*)data}, sink, BLOCK_PANELS, threads);
+  parallel_ranges(count, ROWS_PER_THREAD, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) out[index[t]] = sink.put_together(t);
+  });
 }

@@ -3,6 +3,8 @@
 // nothing to do): with another number the OpenMP runtime would end threads and start them again.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "vec.h"
@@ -34,20 +36,32 @@ class FlushDenormals {
 #endif
 };
 
-// f(begin, end) on contiguous parts of 0..n-1, at least `grain` items each.
-template <class F> void parallel_ranges(int64_t n, int64_t grain, int threads, F f) {
-  const int64_t parts = n / grain;
-  const int count = parts < threads ? (parts < 1 ? 1 : (int)parts) : threads;
-  if (count <= 1) {
+// 0..n-1 in contiguous parts of nearly equal size, at least `grain` items each, at most one for every thread.
+struct Parts {
+  int64_t n;
+  int count;
+  Parts(int64_t n, int64_t grain, int threads) : n(n) {
+    const int64_t parts = n / grain;
+    count = parts < threads ? (parts < 1 ? 1 : (int)parts) : threads;
+  }
+  int64_t begin(int part) const { return n * part / count; }
+};
+
+// f(begin, end) on each of the parts.
+template <class F> void parallel_parts(const Parts& parts, int threads, F f) {
+  if (parts.count <= 1) {
     FlushDenormals guard;
-    f((int64_t)0, n);
+    f((int64_t)0, parts.n);
     return;
   }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int part = 0; part < count; part++) {
+  for (int part = 0; part < parts.count; part++) {
     FlushDenormals guard;
-    f(n * part / count, n * (part + 1) / count);
+    f(parts.begin(part), parts.begin(part + 1));
   }
+}
+template <class F> void parallel_ranges(int64_t n, int64_t grain, int threads, F f) {
+  parallel_parts(Parts(n, grain, threads), threads, f);
 }
 
 // f(item) for items of unequal size.
@@ -64,18 +78,51 @@ template <class F> void parallel_items(int64_t n, int threads, F f) {
   }
 }
 
+// This thread's scratch memory, at least `count` floats on a cache line; whoever asks next on this thread gets the same.
+// Not on the stack, where the threads of OpenMP may have little room.
+inline float* thread_scratch(int64_t count) {
+  struct Memory {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory memory;
+  if (memory.size < count) {
+    std::free(memory.data);
+    memory.size = 0;
+    const int64_t rounded = (count + 15) / 16 * 16;
+    memory.data = (float*)std::aligned_alloc(64, rounded * sizeof(float));
+    if (!memory.data) throw std::bad_alloc();
+    memory.size = rounded;
+  }
+  return memory.data;
+}
+
 // rows: [segments, 2] = first row, number of rows; ascending, disjoint (checked by the caller).
 struct Segments {
   const int32_t* rows;
   int64_t count;
   int64_t first(int64_t d) const { return rows[2 * d]; }
   int64_t length(int64_t d) const { return rows[2 * d + 1]; }
+  int64_t end(int64_t d) const { return first(d) + length(d); }
+  // the first segment with a row at or behind `row`
+  int64_t at_or_after(int64_t row) const {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (end(middle) > row)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
+  }
   // f(begin, end) for each run of rows that belongs to no segment
   template <class F> void gaps(int64_t total_rows, F f) const {
     int64_t next = 0;
     for (int64_t d = 0; d < count; d++) {
       if (first(d) > next) f(next, first(d));
-      next = first(d) + length(d);
+      next = end(d);
     }
     if (total_rows > next) f(next, total_rows);
   }

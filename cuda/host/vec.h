@@ -14,6 +14,7 @@
 
 #define RWKV_API extern "C" __attribute__((visibility("default")))
 #define RWKV_INLINE inline __attribute__((always_inline))
+#define RWKV_INLINE_LAMBDA __attribute__((always_inline))  // [&](...) RWKV_INLINE_LAMBDA { ... }
 
 namespace rwkv {
 
@@ -36,6 +37,9 @@ typedef float vf4 __attribute__((vector_size(16)));
 struct bf16 {
   uint16_t bits;
 };
+struct fp16 {
+  uint16_t bits;
+};
 
 RWKV_INLINE vf splat(float x) { return x - vf{}; }  // x - 0 is x with its sign, also for -0
 RWKV_INLINE vi as_int(vf x) { return (vi)x; }
@@ -53,13 +57,27 @@ RWKV_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// The larger of two; the second one when either is NaN.
-RWKV_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
-// Keeps NaN in x.
-RWKV_INLINE vf clamp(vf x, float lo, float hi) {
-  x = x < splat(lo) ? splat(lo) : x;
-  return x > splat(hi) ? splat(hi) : x;
+// The larger or smaller of two; the second one when either is NaN.
+RWKV_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
 }
+RWKV_INLINE vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+// Keeps NaN in x.
+RWKV_INLINE vf clamp(vf x, float lo, float hi) { return smaller(splat(hi), larger(splat(lo), x)); }
 RWKV_INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 RWKV_INLINE vf sqrt(vf x) {
 #if defined(__AVX512F__)
@@ -77,10 +95,25 @@ RWKV_INLINE vf sqrt(vf x) {
 // bfloat16 -> float is exact; float -> bfloat16 rounds to nearest even, and a NaN becomes the quiet NaN 0x7fc0.
 RWKV_INLINE vf widen(vh x) { return as_float((vi)(__builtin_convertvector(x, vu) << 16)); }
 RWKV_INLINE vh narrow(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);  // as below, but for the bits of a NaN, and denormal numbers become 0
+#else
   const vu bits = (vu)as_int(x);
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vi is_nan = x != x;
   return __builtin_convertvector(is_nan ? vu{} + 0x7fc0 : rounded, vh);
+#endif
+}
+
+// float16 -> float is exact, also where the result is normal and float16's own number was not.
+RWKV_INLINE vf widen_half(vh x) {
+  const vi bits = (vi)__builtin_convertvector(x, vu), size = bits & 0x7fff;
+  const vi rebias = (vi{} + 112) << 23;
+  vi result = (size << 13) + rebias;
+  result += size >= 0x7c00 ? rebias : vi{};  // infinity and NaN
+  const vf small = __builtin_convertvector(size, vf) * (vf{} + 0x1p-24f);
+  result = size < 0x400 ? as_int(small) : result;
+  return as_float(result | (bits & 0x8000) << 16);
 }
 
 RWKV_INLINE vf load(const float* p) {
@@ -92,6 +125,11 @@ RWKV_INLINE vf load(const bf16* p) {
   vh x;
   std::memcpy(&x, p, sizeof x);
   return widen(x);
+}
+RWKV_INLINE vf load(const fp16* p) {
+  vh x;
+  std::memcpy(&x, p, sizeof x);
+  return widen_half(x);
 }
 RWKV_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 RWKV_INLINE void store(bf16* p, vf x) {
@@ -111,6 +149,26 @@ template <class T> RWKV_INLINE void store(T* p, vf x, int64_t n) {
   T padded[LANES];
   store(padded, x);
   std::memcpy(p, padded, n * sizeof(T));
+}
+
+// Asks for n floats that are needed soon. An address past the end does no harm.
+RWKV_INLINE void prefetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+  asm volatile("");  // else GCC takes a function that only prefetches for one without effects, and drops its calls
+}
+
+// Two registers, one behind the other.
+RWKV_INLINE void store_pair(float* p, vf a, vf b) {
+  store(p, a);
+  store(p + LANES, b);
+}
+RWKV_INLINE void store_pair(bf16* p, vf a, vf b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+  store(p, a);
+  store(p + LANES, b);
+#endif
 }
 
 // The 16 virtual lanes of a row sum.
@@ -141,6 +199,19 @@ template <class F> RWKV_INLINE float row_sum(int64_t n, F f) {
     for (int p = 0; p < PARTS; p++) acc.part[p] += f(i + p * LANES, (int64_t)LANES);
   for (int p = 0; i < n; p++, i += LANES) acc.part[p] += f(i, n - i);
   return sum(acc);
+}
+
+// The same for ROWS rows at a time, f(row, i, lanes left): one row's additions wait for each other, those of several
+// rows do not.
+template <int ROWS, class F> RWKV_INLINE void row_sums(int64_t n, float (&sums)[ROWS], F f) {
+  Wide acc[ROWS] = {};
+  int64_t i = 0;
+  for (; i + WIDE <= n; i += WIDE)
+    for (int p = 0; p < PARTS; p++)
+      for (int row = 0; row < ROWS; row++) acc[row].part[p] += f(row, i + p * LANES, (int64_t)LANES);
+  for (int p = 0; i < n; p++, i += LANES)
+    for (int row = 0; row < ROWS; row++) acc[row].part[p] += f(row, i, n - i);
+  for (int row = 0; row < ROWS; row++) sums[row] = sum(acc[row]);
 }
 
 }  // namespace rwkv

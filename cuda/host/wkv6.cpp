@@ -1,61 +1,37 @@
-// WKV-6 and WKV-5:  y = (S + v (u*k)^T) r,  S <- S diag(w) + v k^T.  They differ in the decay only: RWKV-6 has one per
-// token, RWKV-5 the same for every token (a row stride of zero).
+// WKV-6 and WKV-5 by themselves: the public operators. The layers use v6_time_mix and v5_time_mix.
 #include <initializer_list>
 
-#include "parallel.h"
-#include "wkv_state.h"
+#include "wkv_tokens.h"
 
 namespace rwkv {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MOST_REGISTERS = 4;
-#else
-constexpr int MOST_REGISTERS = 2;
-#endif
-
 struct Wkv6 {
-  int64_t tokens, heads, n, decay_stride;
+  int64_t heads, n, decay_stride;
   Segments segments;
   const float *r, *w, *k, *v, *u, *state;
   float *y, *state_out;
 };
 
-template <int VECS, int N>
-void run_block(const Wkv6& x, int64_t segment, int64_t head, int64_t value) {
-  const int64_t n = N ? N : x.n;
-  const int64_t values = n - value < VECS * LANES ? n - value : VECS * LANES;
-  const int64_t stride = x.heads * n;
+template <int VECS, int N> void run_block(const Wkv6& x, int64_t segment, int64_t head, int64_t value) {
+  const int64_t n = N ? N : x.n, values = rows_of_block<VECS, N>(n, value);
+  const int64_t stride = x.heads * n, first = x.segments.first(segment), at = first * stride + head * n;
   const int64_t state_at = ((segment * x.heads + head) * n + value) * n;
-  StateBlock<VECS, N> block;
+  const StateBlock<VECS> block = {thread_scratch(n * VECS * LANES)};
   block.read(x.state + state_at, n, values);
-
-  const float* u = x.u + head * n;
-  const int64_t first = x.segments.first(segment);
-  int64_t at = first * stride + head * n;
   const float* w = x.w + first * x.decay_stride + head * n;
-  for (int64_t t = 0; t < x.segments.length(segment); t++, at += stride, w += x.decay_stride) {
-    const float *r = x.r + at, *k = x.k + at;
-    const int64_t ahead = at + PREFETCH_TOKENS * stride;
-    for (const float* input : {x.r, x.k}) prefetch(input + ahead, n);
-    if (x.decay_stride) prefetch(w + PREFETCH_TOKENS * stride, n);
-    prefetch(x.v + ahead + value, values);
-    vf v[VECS], y[VECS];
-    load_values<VECS>(v, x.v + at + value, values);
-    const vf bonus = splat(row_sum(n, [&](int64_t j, int64_t left) {
-      return load(u + j, left) * load(k + j, left) * load(r + j, left);
-    }));
-    for (int c = 0; c < VECS; c++) y[c] = v[c] * bonus;
-    for (int64_t j = 0; j < n; j++) {
-      const vf wj = splat(w[j]), kj = splat(k[j]), rj = splat(r[j]);
-      for (int c = 0; c < VECS; c++) {
-        const vf s = block.at(j, c);
-        y[c] = fma(s, rj, y[c]);
-        block.set(j, c, fma(s, wj, v[c] * kj));
-      }
-    }
-    store_values<VECS>(x.y + at + value, y, values);
-  }
+  const Wkv6Rows rows = {x.r + at, w, x.k + at, x.v + at, stride, x.decay_stride};
+  const float* u = x.u + head * n;
+  const auto bonus = [&](int64_t t) {
+    const float *r = rows.r + t * stride, *k = rows.k + t * stride;
+    return row_sum(n, [&](int64_t j, int64_t left) { return load(u + j, left) * load(k + j, left) * load(r + j, left); });
+  };
+  wkv6_tokens<VECS, N>(rows, x.segments.length(segment), n, value, x.y + at, stride, block, bonus, [&](int64_t t) {
+    const int64_t ahead = (t + PREFETCH_TOKENS) * stride;
+    for (const float* input : {rows.r, rows.k}) prefetch(input + ahead, n);
+    if (x.decay_stride) prefetch(rows.w + ahead, n);
+    prefetch(rows.v + ahead + value, values);
+  });
   block.write(x.state_out + state_at, n, values);
 }
 
@@ -68,7 +44,7 @@ template <int VECS, int N> void run(const Wkv6& x, int threads) {
 }
 
 template <int N> void dispatch(const Wkv6& x, int threads) {
-  const int vecs = block_registers(x.segments.count * x.heads, x.n, threads, MOST_REGISTERS);
+  const int vecs = block_registers(x.segments.count * x.heads, x.n, threads);
   if (vecs == 1) return run<1, N>(x, threads);
   if (vecs == 2) return run<2, N>(x, threads);
   run<MOST_REGISTERS, N>(x, threads);
@@ -83,7 +59,7 @@ RWKV_API void rwkvmpi_wkv6(const float* r, const float* w, const float* k, const
                            const float* state, const int32_t* rows, float* y, float* state_out, int64_t tokens,
                            int64_t heads, int64_t n, int64_t segments, int static_decay, int threads) {
   const int64_t decay_stride = static_decay ? 0 : heads * n;
-  const rwkv::Wkv6 x = {tokens, heads, n, decay_stride, {rows, segments}, r, w, k, v, u, state, y, state_out};
+  const rwkv::Wkv6 x = {heads, n, decay_stride, {rows, segments}, r, w, k, v, u, state, y, state_out};
   x.segments.gaps(tokens, [&](int64_t begin, int64_t end) {
     std::memset(y + begin * heads * n, 0, (end - begin) * heads * n * sizeof(float));
   });

@@ -1,62 +1,32 @@
-// WKV-7:  S <- S diag(w) + (S a) b^T + v k^T,  y = S r,  for several documents' segments of one chunk.
+// WKV-7 by itself, for several documents' segments of one chunk: the public operator. The layers use v7_time_mix.
 #include <initializer_list>
 
-#include "parallel.h"
-#include "wkv_state.h"
+#include "wkv_tokens.h"
 
 namespace rwkv {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MOST_REGISTERS = 4;
-#else
-constexpr int MOST_REGISTERS = 2;
-#endif
-
 struct Wkv7 {
-  int64_t tokens, heads, n;
+  int64_t heads, n;
   Segments segments;
-  const float *r, *w, *k, *v, *a, *b, *state;
+  Wkv7Rows rows;
+  const float* state;
   float *y, *state_out;
 };
 
-// One value block of one head of one segment. The product S a of the NEXT token is gathered while this token's state
-// is in registers, so the state is read and written once a token: five multiply-adds per element.
-template <int VECS, int N>
-void run_block(const Wkv7& x, int64_t segment, int64_t head, int64_t value) {
-  const int64_t n = N ? N : x.n;
-  const int64_t values = n - value < VECS * LANES ? n - value : VECS * LANES;
-  const int64_t stride = x.heads * n;
+template <int VECS, int N> void run_block(const Wkv7& x, int64_t segment, int64_t head, int64_t value) {
+  const int64_t n = N ? N : x.n, values = rows_of_block<VECS, N>(n, value);
+  const int64_t stride = x.heads * n, at = x.segments.first(segment) * stride + head * n;
   const int64_t state_at = ((segment * x.heads + head) * n + value) * n;
-  StateBlock<VECS, N> block;
+  const StateBlock<VECS> block = {thread_scratch(n * VECS * LANES)};
   block.read(x.state + state_at, n, values);
-
-  int64_t at = x.segments.first(segment) * stride + head * n;
-  const int64_t end = at + x.segments.length(segment) * stride;
-  vf sa[VECS] = {};
-  for (int64_t j = 0; at < end && j < n; j++)
-    for (int c = 0; c < VECS; c++) sa[c] = fma(block.at(j, c), splat(x.a[at + j]), sa[c]);
-
-  for (; at < end; at += stride) {
-    const int64_t next = at + stride < end ? at + stride : at;  // after the last token the gathered product is dropped
-    const float *r = x.r + at, *w = x.w + at, *k = x.k + at, *b = x.b + at, *a_next = x.a + next;
-    const int64_t ahead = at + PREFETCH_TOKENS * stride;
-    for (const float* input : {x.r, x.w, x.k, x.b, x.a}) prefetch(input + ahead, n);
-    prefetch(x.v + ahead + value, values);
-    vf v[VECS], y[VECS] = {}, sa_next[VECS] = {};
-    load_values<VECS>(v, x.v + at + value, values);
-    for (int64_t j = 0; j < n; j++) {
-      const vf wj = splat(w[j]), bj = splat(b[j]), kj = splat(k[j]), rj = splat(r[j]), aj = splat(a_next[j]);
-      for (int c = 0; c < VECS; c++) {
-        const vf s = fma(block.at(j, c), wj, fma(sa[c], bj, v[c] * kj));
-        block.set(j, c, s);
-        y[c] = fma(s, rj, y[c]);
-        sa_next[c] = fma(s, aj, sa_next[c]);
-      }
-    }
-    store_values<VECS>(x.y + at + value, y, values);
-    for (int c = 0; c < VECS; c++) sa[c] = sa_next[c];
-  }
+  const Wkv7Rows& all = x.rows;
+  const Wkv7Rows rows = {all.r + at, all.w + at, all.k + at, all.v + at, all.a + at, all.b + at, stride};
+  wkv7_tokens<VECS, N>(rows, x.segments.length(segment), n, value, x.y + at, stride, block, [&](int64_t t) {
+    const int64_t ahead = (t + PREFETCH_TOKENS) * stride;
+    for (const float* input : {rows.r, rows.w, rows.k, rows.b, rows.a}) prefetch(input + ahead, n);
+    prefetch(rows.v + ahead + value, values);
+  });
   block.write(x.state_out + state_at, n, values);
 }
 
@@ -69,7 +39,7 @@ template <int VECS, int N> void run(const Wkv7& x, int threads) {
 }
 
 template <int N> void dispatch(const Wkv7& x, int threads) {
-  const int vecs = block_registers(x.segments.count * x.heads, x.n, threads, MOST_REGISTERS);
+  const int vecs = block_registers(x.segments.count * x.heads, x.n, threads);
   if (vecs == 1) return run<1, N>(x, threads);
   if (vecs == 2) return run<2, N>(x, threads);
   run<MOST_REGISTERS, N>(x, threads);
@@ -83,7 +53,7 @@ template <int N> void dispatch(const Wkv7& x, int threads) {
 RWKV_API void rwkvmpi_wkv7(const float* r, const float* w, const float* k, const float* v, const float* a, const float* b,
                            const float* state, const int32_t* rows, float* y, float* state_out, int64_t tokens,
                            int64_t heads, int64_t n, int64_t segments, int threads) {
-  const rwkv::Wkv7 x = {tokens, heads, n, {rows, segments}, r, w, k, v, a, b, state, y, state_out};
+  const rwkv::Wkv7 x = {heads, n, {rows, segments}, {r, w, k, v, a, b, 0}, state, y, state_out};
   x.segments.gaps(tokens, [&](int64_t begin, int64_t end) {
     std::memset(y + begin * heads * n, 0, (end - begin) * heads * n * sizeof(float));
   });

@@ -1,8 +1,6 @@
-"""Elementwise operators and small reductions."""
+"""A check and a sum over whole tensors."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,59 +8,8 @@ from torch import Tensor
 from rwkvmpi.ops import check, library
 from rwkvmpi.ops.registry import operator
 
-_sigmoid_mul = library.bind("sigmoid_mul", "pipipili")
 _all_finite = library.bind("all_finite", "pili", int)
 _fold_rows = library.bind("fold_rows", "pplll")
-
-
-def _unary(name: str) -> Callable[[Tensor], Tensor]:
-    function = library.bind(name, "ppili")
-
-    def outputs(x: Tensor) -> Tensor:
-        check.tensor(name, "x", x, x.shape, check.FLOATS)
-        return torch.empty_like(x)
-
-    @operator(f"{name}(Tensor x) -> Tensor", outputs)
-    def run(out: Tensor, x: Tensor) -> None:
-        function(x, out, x.dtype == torch.bfloat16, x.numel(), torch.get_num_threads())
-
-    return run
-
-
-_tanh, _sigmoid, _relu_squared = _unary("tanh"), _unary("sigmoid"), _unary("relu_squared")
-
-
-def tanh(x: Tensor) -> Tensor:
-    """tanh of x, float32 or bfloat16 of any shape; computed in float32, returned in x's dtype."""
-    return _tanh(x)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x), as `tanh`."""
-    return _sigmoid(x)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2, as `tanh`."""
-    return _relu_squared(x)
-
-
-def _sigmoid_mul_outputs(r: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    check.tensor("sigmoid_mul", "r", r, r.shape, check.FLOATS)
-    check.tensor("sigmoid_mul", "x", x, r.shape, check.FLOATS)
-    check.out_dtype("sigmoid_mul", out_dtype)
-    return torch.empty_like(r, dtype=out_dtype)
-
-
-@operator("sigmoid_mul(Tensor r, Tensor x, ScalarType out_dtype) -> Tensor", _sigmoid_mul_outputs)
-def _run_sigmoid_mul(out: Tensor, r: Tensor, x: Tensor, out_dtype: torch.dtype) -> None:
-    bf16 = torch.bfloat16
-    _sigmoid_mul(r, r.dtype == bf16, x, x.dtype == bf16, out, out_dtype == bf16, r.numel(), torch.get_num_threads())
-
-
-def sigmoid_mul(r: Tensor, x: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """sigmoid(r) * x in out_dtype; r and x float32 or bfloat16, of one shape."""
-    return _run_sigmoid_mul(r, x, out_dtype)
 
 
 def all_finite(x: Tensor) -> bool:

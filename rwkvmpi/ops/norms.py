@@ -1,4 +1,7 @@
-"""Layer norm, token shift and the mixes of each row with the one before it."""
+"""Layer norm; token shift: the normalised rows of a chunk mixed with the row before each; the embedding.
+
+Each `..._into(outputs, *arguments)` fills given outputs without checks, for the layers.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ from torch import Tensor
 
 from rwkvmpi.ops import check, library
 from rwkvmpi.ops.registry import operator
+from rwkvmpi.ops.wkv import segment_count
 
 LAYER_NORM_EPS = 1e-5
 
 _layer_norm = library.bind("layer_norm", "ppppillfi")
-_norm_shift = library.bind("norm_shift", "p" * 8 + "lllfi")
-_norm_shift_mix = library.bind("norm_shift_mix", "p" * 7 + "ip" + "llllfi")
-_mix = library.bind("mix", "ppppipilll" + "i")
+_shift_mix = library.bind("shift_mix", "pppplppp" + "ipp" + "llllfi")
+_embed = library.bind("embed", "pipippplllfi")
+
+_TABLES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C function's numbers
 
 
-def _is_bf16(x: Tensor | None) -> int:
-    return int(x is not None and x.dtype == torch.bfloat16)
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def _norm_arguments(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[int]:
@@ -37,7 +42,9 @@ def _layer_norm_outputs(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out
 @operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor", _layer_norm_outputs
 )
-def _run_layer_norm(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> None:
+def _run_layer_norm(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS, _: torch.dtype | None = None
+) -> None:
     _layer_norm(x, weight, bias, out, _is_bf16(out), *x.shape, eps, torch.get_num_threads())
 
 
@@ -48,97 +55,48 @@ def layer_norm(
     return _run_layer_norm(x, weight, bias, eps, out_dtype)
 
 
-def _norm_shift_outputs(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, rows: Tensor, op: str = "norm_shift"
-) -> tuple[Tensor, ...]:
+layer_norm_into = _run_layer_norm.into
+
+
+def _check_shift(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor, out_dtype: torch.dtype
+) -> list[int]:
+    """[M, T, C]"""
     shape = _norm_arguments(op, x, weight, bias)
-    check.tensor(op, "shift", shift, [check.rows_tensor(op, rows), shape[1]])
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(shift)
-
-
-@operator(
-    "norm_shift(Tensor x, Tensor weight, Tensor bias, Tensor shift, Tensor rows) -> (Tensor, Tensor, Tensor)",
-    _norm_shift_outputs,
-)
-def _run_norm_shift(
-    out: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, rows: Tensor
-) -> None:
-    check.rows_values("norm_shift", rows, x.shape[0])
-    _norm_shift(x, weight, bias, shift, rows, *out, *x.shape, rows.shape[0], LAYER_NORM_EPS, torch.get_num_threads())
-
-
-def norm_shift(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u = layer_norm(x) [T, C] and d = (u of the row before) - u [T, C]; shift' [D, C], every segment's last u.
-
-    x: float32 [T, C]; shift [D, C]: the row before each segment's first; rows: int32 [D, 2]. Outside all segments
-    d is 0.
-    """
-    return _run_norm_shift(x, weight, bias, shift, rows)
-
-
-def _mix_outputs(u: Tensor, d: Tensor, mixes: Tensor, delta: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    shape = check.dimensions("mix", "u", u, 2)
-    count = check.dimensions("mix", "mixes", mixes, 2)[0]
-    check.tensor("mix", "u", u, shape)
-    check.tensor("mix", "d", d, shape)
-    check.tensor("mix", "mixes", mixes, [count, shape[1]])
-    if delta is not None:
-        check.tensor("mix", "delta", delta, [count, *shape], check.FLOATS)
-    check.out_dtype("mix", out_dtype)
-    return u.new_empty([count, *shape], dtype=out_dtype)
-
-
-@operator("mix(Tensor u, Tensor d, Tensor mixes, Tensor? delta, ScalarType out_dtype) -> Tensor", _mix_outputs)
-def _run_mix(out: Tensor, u: Tensor, d: Tensor, mixes: Tensor, delta: Tensor | None, out_dtype: torch.dtype) -> None:
-    _mix(u, d, mixes, delta, _is_bf16(delta), out, _is_bf16(out), *out.shape, torch.get_num_threads())
-
-
-def mix(
-    u: Tensor, d: Tensor, mixes: Tensor, delta: Tensor | None = None, out_dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """out[m] = u + d * (mixes[m] + delta[m]): [M, T, C] in out_dtype.
-
-    u, d: float32 [T, C]; mixes: float32 [M, C]; delta: float32 or bfloat16 [M, T, C].
-    """
-    return _run_mix(u, d, mixes, delta, out_dtype)
-
-
-def _norm_shift_mix_outputs(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    op = "norm_shift_mix"
-    shape = _norm_arguments(op, x, weight, bias)
-    check.tensor(op, "shift", shift, [check.rows_tensor(op, rows), shape[1]])
     count = check.dimensions(op, "mixes", mixes, 2)[0]
     check.tensor(op, "mixes", mixes, [count, shape[1]])
+    if shift.dim() == 2 and shift.stride(1) == 1 and shift.stride(0) >= shift.shape[1]:
+        shift = shift.as_strided(shift.shape, (shift.shape[1], 1))  # its rows may lie apart, in a larger state
+    check.tensor(op, "shift", shift, [segment_count(op, rows, shape[0]), shape[1]])
     check.out_dtype(op, out_dtype)
-    return x.new_empty([count, *shape], dtype=out_dtype), torch.empty_like(shift)
+    return [count, *shape]
+
+
+def _shift_mix_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(_check_shift("shift_mix", x, weight, bias, shift, mixes, rows, out_dtype), dtype=out_dtype)
 
 
 @operator(
-    "norm_shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor shift, Tensor mixes, Tensor rows,"
-    " ScalarType out_dtype) -> (Tensor, Tensor)",
-    _norm_shift_mix_outputs,
+    "shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor(a!) shift, Tensor mixes, Tensor rows, ScalarType out_dtype)"
+    " -> Tensor",
+    _shift_mix_outputs,
 )
-def _run_norm_shift_mix(
-    out: tuple[Tensor, Tensor],
+def _run_shift_mix(
+    mixed: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     shift: Tensor,
     mixes: Tensor,
     rows: Tensor,
-    out_dtype: torch.dtype,
+    _: torch.dtype | None = None,
 ) -> None:
-    check.rows_values("norm_shift_mix", rows, x.shape[0])
-    mixed, after = out
-    _norm_shift_mix(
-        *(x, weight, bias, shift, mixes, rows, mixed, _is_bf16(mixed), after),
-        *(*mixed.shape, rows.shape[0], LAYER_NORM_EPS, torch.get_num_threads()),
-    )
+    _run_shift_pair.into((None, None, mixed), x, weight, bias, shift, mixes, rows)
 
 
-def norm_shift_mix(
+def shift_mix(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -146,6 +104,98 @@ def norm_shift_mix(
     mixes: Tensor,
     rows: Tensor,
     out_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """`norm_shift` and `mix` in one pass, with the same bits: out [M, T, C] in out_dtype, and shift' [D, C]."""
-    return _run_norm_shift_mix(x, weight, bias, shift, mixes, rows, out_dtype)
+) -> Tensor:
+    """mixed[m] = u + d * mixes[m], [M, T, C] in out_dtype; u = layer_norm(x), d = (u of the row before) - u.
+
+    x: float32 [T, C]; weight, bias: float32 [C]; mixes: float32 [M, C]; rows: int32 [D, 2], first row and number of
+    rows of each segment; shift: float32 [D, C], the row before each segment's first, which becomes its last u, in
+    place: its rows may lie any distance apart. Outside all segments d is 0. Raises TypeError or ValueError for wrong
+    arguments.
+    """
+    return _run_shift_mix(x, weight, bias, shift, mixes, rows, out_dtype)
+
+
+shift_mix_into = _run_shift_mix.into
+
+
+def _shift_pair_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _check_shift("shift_pair", x, weight, bias, shift, mixes, rows, out_dtype)
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(shape, dtype=out_dtype)
+
+
+@operator(
+    "shift_pair(Tensor x, Tensor weight, Tensor bias, Tensor(a!) shift, Tensor mixes, Tensor rows,"
+    " ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    _shift_pair_outputs,
+)
+def _run_shift_pair(
+    out: tuple[Tensor | None, Tensor | None, Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    mixes: Tensor,
+    rows: Tensor,
+    _: torch.dtype | None = None,
+) -> None:
+    u, d, mixed = out
+    _shift_mix(
+        *(x, weight, bias, shift, shift.stride(0), mixes, rows, mixed, _is_bf16(mixed), u, d),
+        *(mixes.shape[0], *x.shape, rows.shape[0], LAYER_NORM_EPS, torch.get_num_threads()),
+    )
+
+
+def shift_pair(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    mixes: Tensor,
+    rows: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`shift_mix` that gives u and d too: (u, d, mixed), the first two float32 [T, C]."""
+    return _run_shift_pair(x, weight, bias, shift, mixes, rows, out_dtype)
+
+
+shift_pair_into = _run_shift_pair.into
+
+
+def _embed_outputs(tokens: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    op = "embed"
+    check.tensor(op, "tokens", tokens, check.dimensions(op, "tokens", tokens, 1), (torch.int32, torch.int64))
+    vocabulary, channels = check.dimensions(op, "table", table, 2)
+    check.tensor(op, "table", table, [vocabulary, channels], _TABLES)
+    if (weight is None) != (bias is None):
+        raise ValueError(f"{op}: weight and bias belong together")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            check.tensor(op, name, x, [channels])
+    if tokens.device.type != "meta" and tokens.numel():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"{op}: tokens must be 0 to {vocabulary - 1}, but they are {low} to {high}")
+    return table.new_empty([tokens.shape[0], channels], dtype=torch.float32)
+
+
+@operator("embed(Tensor tokens, Tensor table, Tensor? weight, Tensor? bias) -> Tensor", _embed_outputs)
+def _run_embed(x: Tensor, tokens: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    _embed(
+        *(tokens, tokens.dtype == torch.int64, table, _TABLES.index(table.dtype), weight, bias, x),
+        *(tokens.shape[0], *table.shape, LAYER_NORM_EPS, torch.get_num_threads()),
+    )
+
+
+def embed(tokens: Tensor, table: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """layer_norm(table[tokens]), or without the norm where weight and bias are None; float32 [T, C].
+
+    tokens: int32 or int64 [T], each 0 to V-1; table: float32, bfloat16 or float16 [V, C]; weight, bias: float32 [C].
+    Raises TypeError or ValueError for wrong arguments.
+    """
+    return _run_embed(tokens, table, weight, bias)
+
+
+# Unchecked; a token outside the vocabulary gives zeros.
+embed_into = _run_embed.into

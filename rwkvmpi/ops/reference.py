@@ -1,10 +1,12 @@
 """Every operator once more, plainly, in float64 and token by token: what the compiled ones are tested against.
 
-Same arguments, shapes and meaning as in `rwkvmpi.ops`, any floating dtype in, float64 out, so no out_dtype.
+Same arguments, shapes and meaning as in `rwkvmpi.ops`, any floating dtype in, float64 out, so no out_dtype. What those
+change in place is here the last output instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -89,114 +91,148 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
 
 
-def norm_shift(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, the row before minus u (0 outside segments), and every segment's last u."""
+def shift_pair(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, the row before minus u (0 outside segments), u + d * mixes[m], and every segment's last u."""
     u = layer_norm(x, weight, bias)
     d, after = torch.zeros_like(u), torch.zeros_like(shift, dtype=torch.float64)
     for segment, (begin, end) in enumerate(_segments(rows, x.shape[0])):
         before = torch.cat([shift[segment].double().unsqueeze(0), u[begin : end - 1]])
         d[begin:end] = before - u[begin:end]
         after[segment] = u[end - 1]
-    return u, d, after
+    return u, d, u + d * mixes.double().unsqueeze(1), after
 
 
-def mix(u: Tensor, d: Tensor, mixes: Tensor, delta: Tensor | None = None) -> Tensor:
-    """u + d * (mixes[m] + delta[m])."""
-    share = mixes.double().unsqueeze(1)
-    return u.double() + d.double() * (share if delta is None else share + delta.double())
-
-
-def norm_shift_mix(
+def shift_mix(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, mixes: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """norm_shift, then mix."""
-    u, d, after = norm_shift(x, weight, bias, shift, rows)
-    return mix(u, d, mixes), after
+    """The last two of shift_pair."""
+    return shift_pair(x, weight, bias, shift, mixes, rows)[2:]
 
 
-def tanh(x: Tensor) -> Tensor:
-    """tanh."""
-    return torch.tanh(x.double())
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x)."""
-    return torch.sigmoid(x.double())
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2."""
-    return torch.relu(x.double()).square()
-
-
-def sigmoid_mul(r: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(r) * x."""
-    return sigmoid(r) * x.double()
+def embed(tokens: Tensor, table: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The table's rows, normalised where weight and bias are given."""
+    x = table[tokens.long()].double()
+    return x if weight is None or bias is None else layer_norm(x, weight, bias)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.double().unflatten(-1, (heads, x.shape[-1] // heads))
 
 
-def v7_prepare(
+def _group_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """y [T, H, N] to [T, C]."""
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    return layer_norm(y, one, zero, eps).flatten(1) * weight.double() + bias.double()
+
+
+def _in_segments(x: Tensor, rows: Tensor) -> Tensor:
+    """x with the rows outside every segment 0."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for begin, end in _segments(rows, x.shape[0]):
+        out[begin:end] = x[begin:end]
+    return out
+
+
+def v7_time_mix(
+    r: Tensor,
     k: Tensor,
     v: Tensor,
     w_lin: Tensor,
     a_lin: Tensor,
     v_lin: Tensor | None,
+    g: Tensor,
     v_first: Tensor | None,
     w0: Tensor,
     a0: Tensor,
     v0: Tensor | None,
     k_k: Tensor,
     k_a: Tensor,
-    heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """w, k', v', -kk, kk*a."""
-    k, v = k.double(), v.double()
-    w = torch.exp(-0.6065306597126334 * sigmoid(w0.double() + w_lin.double()))
-    a = sigmoid(a0.double() + a_lin.double())
+    r_k: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    eps: float = GROUP_NORM_EPS,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Decay, in-context learning rate and removal key, value residual, wkv7, group norm, bonus and gate."""
+    heads, k, value = r_k.shape[0], k.double(), v.double()
+    w = torch.exp(-math.exp(-0.5) * torch.sigmoid(w0.double() + w_lin.double()))
+    a = torch.sigmoid(a0.double() + a_lin.double())
     kk = _per_head(k * k_k.double(), heads)
     kk = (kk / kk.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)).flatten(1)
+    k = k * (1 + (a - 1) * k_a.double())
     if v_first is not None and v_lin is not None and v0 is not None:
-        v = v + (v_first.double() - v) * sigmoid(v0.double() + v_lin.double())
-    return w, k * (1 + (a - 1) * k_a.double()), v, -kk, kk * a
+        value = value + (v_first.double() - value) * torch.sigmoid(v0.double() + v_lin.double())
+    rh, wh, kh, vh, ah, bh = (_per_head(x, heads) for x in (r, w, k, value, -kk, kk * a))
+    y, after = wkv7(rh, wh, kh, vh, ah, bh, state, rows)
+    bonus = (rh * kh * r_k.double()).sum(-1, keepdim=True) * vh
+    h = (_group_norm(y, ln_weight, ln_bias, eps) + bonus.flatten(1)) * g.double()
+    return _in_segments(h, rows), _in_segments(value, rows) if v_first is None else None, after
 
 
-def _group_norm(y: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
-    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    return layer_norm(_per_head(y, heads), one, zero, eps).flatten(1) * weight.double() + bias.double()
-
-
-def v7_output(
-    y: Tensor,
+def v6_time_mix(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
-    r_k: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    w_lin: Tensor,
+    time_decay: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: Tensor,
+    rows: Tensor,
     eps: float = GROUP_NORM_EPS,
-) -> Tensor:
-    """(groupnorm(y) + (sum over head of r k r_k) v) * g."""
-    heads = r_k.shape[0]
-    bonus = (_per_head(r, heads) * _per_head(k, heads) * r_k.double()).sum(-1, keepdim=True)
-    normal = _group_norm(y, weight, bias, heads, eps)
-    return (normal + (bonus * _per_head(v, heads)).flatten(1)) * g.double()
+) -> tuple[Tensor, Tensor]:
+    """exp(-exp(time_decay + w_lin)), wkv6, group norm, g * sigmoid(g)."""
+    w = _per_head(torch.exp(-torch.exp(time_decay.double() + w_lin.double())), u.shape[0])
+    return _older_time_mix(r, k, v, w, u, g, ln_weight, ln_bias, state, rows, eps)
 
 
-def group_norm_gate(
-    y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, heads: int, eps: float = GROUP_NORM_EPS
-) -> Tensor:
-    """groupnorm(y) * gate * sigmoid(gate)."""
-    normal = _group_norm(y, weight, bias, heads, eps)
-    return normal if gate is None else normal * gate.double() * sigmoid(gate)
+def v5_time_mix(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    eps: float = GROUP_NORM_EPS,
+) -> tuple[Tensor, Tensor]:
+    """v6_time_mix with one decay for all tokens."""
+    return _older_time_mix(r, k, v, w.expand(len(r), *w.shape), u, g, ln_weight, ln_bias, state, rows, eps)
 
 
-def v6_decay(w_lin: Tensor, time_decay: Tensor) -> Tensor:
-    """exp(-exp(time_decay + w_lin))."""
-    return torch.exp(-torch.exp(time_decay.double() + w_lin.double()))
+def _older_time_mix(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    rh, kh, vh = (_per_head(x, u.shape[0]) for x in (r, k, v))
+    y, after = wkv6(rh, w, kh, vh, u, state, rows)
+    h = _group_norm(y, ln_weight, ln_bias, eps)
+    return _in_segments(h if g is None else h * g.double() * torch.sigmoid(g.double()), rows), after
+
+
+def v4_time_mix(
+    r_lin: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sigmoid(r_lin) * wkv4."""
+    y, after = wkv4(k, v, w, u, state, rows)
+    return torch.sigmoid(r_lin.double()) * y, after
 
 
 def head_logprobs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

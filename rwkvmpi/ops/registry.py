@@ -12,15 +12,27 @@ import torch
 
 _LIBRARY = torch.library.Library("rwkvmpi", "FRAGMENT")
 
-Outputs = torch.Tensor | tuple[torch.Tensor, ...]
+Outputs = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
-def operator(
-    schema: str, outputs: Callable[..., Outputs | None]
-) -> Callable[[Callable[..., None]], Callable[..., Any]]:
-    """Decorates `fill(outputs, *arguments)`; returns the registered operator `torch.ops.rwkvmpi.<name>`."""
+class Operator:
+    """A registered operator: call it for new outputs, or fill given ones with `into`.
 
-    def register(fill: Callable[..., None]) -> Callable[..., Any]:
+    `into(outputs, *arguments)` is the computation alone, for the layers: no dispatcher, no allocation, no checks.
+    """
+
+    def __init__(self, registered: Callable[..., Any], into: Callable[..., None]) -> None:
+        self._registered = registered
+        self.into = into
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._registered(*arguments)
+
+
+def operator(schema: str, outputs: Callable[..., Outputs | None]) -> Callable[[Callable[..., None]], Operator]:
+    """Decorates `fill(outputs, *arguments)`; returns the operator `torch.ops.rwkvmpi.<name>` as an `Operator`."""
+
+    def register(fill: Callable[..., None]) -> Operator:
         name = schema[: schema.index("(")]
 
         def on_cpu(*arguments: Any) -> Outputs | None:
@@ -31,6 +43,6 @@ def operator(
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, on_cpu, "CPU")
         _LIBRARY.impl(name, outputs, "Meta")
-        return getattr(torch.ops.rwkvmpi, name).default
+        return Operator(getattr(torch.ops.rwkvmpi, name).default, fill)
 
     return register

@@ -27,6 +27,14 @@ def _segments(op: str, rows: Tensor | None, total: int) -> Tensor:
     return rows
 
 
+def segment_count(op: str, rows: Tensor, total: int) -> int:
+    """The number of segments of `rows`, checked; their values only where there are any (not while tracing)."""
+    count = check.rows_tensor(op, rows)
+    if rows.device.type != "meta":
+        check.rows_values(op, rows, total)
+    return count
+
+
 def _head_shape(op: str, r: Tensor) -> list[int]:
     shape = check.dimensions(op, "r", r, 3)
     if not 1 <= shape[2] <= MAX_HEAD_SIZE:

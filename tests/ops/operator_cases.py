@@ -63,11 +63,11 @@ def no_state(g: torch.Generator) -> Tensor:
     return torch.zeros(0)
 
 
-def head_rows(count: int, dtype: torch.dtype = torch.float32) -> Callable[[int, torch.Generator], list[Tensor]]:
-    return lambda t, g: [normal(g, t, CHANNELS, scale=2.0).to(dtype) for _ in range(count)]
+def head_rows(count: int) -> Callable[[int, torch.Generator], list[Tensor]]:
+    return lambda t, g: [normal(g, t, CHANNELS, scale=2.0) for _ in range(count)]
 
 
-C1, C2, C3, C4, C5 = constants(1, *[(CHANNELS,)] * 5)
+C1, C2, C3, C4, C5, C6, C7 = constants(1, *[(CHANNELS,)] * 7)
 (R_K,) = constants(2, (HEADS, SIZE))
 (MIXES,) = constants(3, (6, CHANNELS))
 
@@ -76,21 +76,13 @@ def _square_state(g: torch.Generator) -> Tensor:
     return normal(g, HEADS, SIZE, SIZE)
 
 
+def _exponent_state(g: torch.Generator) -> Tensor:
+    """RWKV-4's: aa, bb above 0, pp."""
+    return torch.stack([normal(g, CHANNELS), uniform(g, CHANNELS, low=0.5), normal(g, CHANNELS)])
+
+
 def _heads_inputs(t: int, g: torch.Generator, count: int) -> list[Tensor]:
     return [normal(g, t, HEADS, SIZE) for _ in range(count)]
-
-
-def _norm_shift(x: list[Tensor], state: Tensor, rows: Tensor) -> Outputs:
-    u, d, after = ops.norm_shift(*x, C1, C2, state, rows)
-    return [u, d], after
-
-
-def _norm_shift_mix(dtype: torch.dtype) -> Callable[[list[Tensor], Tensor, Tensor], Outputs]:
-    def run(x: list[Tensor], state: Tensor, rows: Tensor) -> Outputs:
-        out, after = ops.norm_shift_mix(*x, C1, C2, state, MIXES, rows, dtype)
-        return list(out.unbind(0)), after
-
-    return run
 
 
 def _wkv(function: Callable[..., tuple[Tensor, Tensor]], *fixed: Tensor) -> Callable[..., Outputs]:
@@ -99,6 +91,75 @@ def _wkv(function: Callable[..., tuple[Tensor, Tensor]], *fixed: Tensor) -> Call
         return [y], after
 
     return run
+
+
+def in_place(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[[list[Tensor], Tensor, Tensor], Outputs]:
+    """Of an operator that changes its state; which is one row of a larger tensor, as shift rows are."""
+
+    def run(x: list[Tensor], state: Tensor, rows: Tensor) -> Outputs:
+        after = torch.stack([state, state], 1)[:, 1] if state.dim() == 2 else state.clone()
+        out = function(x, after, rows)
+        return list(out) if isinstance(out, tuple) else [out], after.contiguous()
+
+    return run
+
+
+def _v7_later(x: list[Tensor], state: Tensor, rows: Tensor) -> Tensor:
+    return ops.v7_time_mix(*x, C1, C2, C3, C4, C5, R_K, C6, C7, state, rows)[0]
+
+
+def _v7_first(x: list[Tensor], state: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    h, v_first = ops.v7_time_mix(*x[:5], None, x[5], None, C1, C2, None, C4, C5, R_K, C6, C7, state, rows, 64e-5, BF16)
+    assert v_first is not None
+    return h, v_first
+
+
+TIME_MIXES = [
+    Case("v7_time_mix", head_rows(8), _square_state, in_place(_v7_later), zero_padding=True),
+    Case("v7_time_mix_first_bf16", head_rows(6), _square_state, in_place(_v7_first), zero_padding=True),
+    Case(
+        "v6_time_mix_bf16",
+        head_rows(5),
+        _square_state,
+        in_place(lambda x, state, rows: ops.v6_time_mix(*x[:4], C1, R_K, x[4], C2, C3, state, rows, 64e-5, BF16)),
+        zero_padding=True,
+    ),
+    Case(
+        "v5_time_mix",
+        head_rows(3),
+        _square_state,
+        in_place(lambda x, state, rows: ops.v5_time_mix(*x, torch.sigmoid(R_K), R_K, None, C2, C3, state, rows)),
+        zero_padding=True,
+    ),
+    Case(
+        "v4_time_mix",
+        head_rows(3),
+        _exponent_state,
+        in_place(lambda x, state, rows: ops.v4_time_mix(*x, -torch.exp(C3), C4, state, rows)),
+        zero_padding=True,
+    ),
+]
+
+SHIFTS = [
+    Case(
+        f"shift_mix_{name}",
+        head_rows(1),
+        lambda g: normal(g, CHANNELS),
+        in_place(lambda x, shift, rows, dtype=dtype: ops.shift_mix(x[0], C1, C2, shift, MIXES, rows, dtype).unbind(0)),
+    )
+    for name, dtype in (("float32", torch.float32), ("bf16", BF16))
+] + [
+    Case(
+        "shift_pair",
+        head_rows(1),
+        lambda g: normal(g, CHANNELS),
+        in_place(lambda x, shift, rows: _rows_first(*ops.shift_pair(x[0], C1, C2, shift, MIXES[:1], rows, BF16))),
+    )
+]
+
+
+def _rows_first(u: Tensor, d: Tensor, mixed: Tensor) -> tuple[Tensor, ...]:
+    return u, d, mixed[0]
 
 
 SEGMENT_CASES = [
@@ -120,39 +181,17 @@ SEGMENT_CASES = [
     Case(
         "wkv4",
         lambda t, g: [normal(g, t, CHANNELS, scale=3.0), normal(g, t, CHANNELS)],
-        lambda g: torch.stack([normal(g, CHANNELS), uniform(g, CHANNELS, low=0.5), normal(g, CHANNELS)]),
+        _exponent_state,
         _wkv(ops.wkv4, -torch.exp(C3), C4),
         zero_padding=True,
     ),
-    Case("norm_shift", head_rows(1), lambda g: normal(g, CHANNELS), _norm_shift),
-    Case("norm_shift_mix", head_rows(1), lambda g: normal(g, CHANNELS), _norm_shift_mix(torch.float32)),
-    Case("norm_shift_mix_bf16", head_rows(1), lambda g: normal(g, CHANNELS), _norm_shift_mix(BF16)),
+    *TIME_MIXES,
+    *SHIFTS,
 ]
 
 ROW_CASES = [
     Case("layer_norm", head_rows(1), no_state, rows_only(lambda x: ops.layer_norm(x, C1, C2))),
-    Case("mix", head_rows(2), no_state, rows_only(lambda u, d: ops.mix(u, d, MIXES).unbind(0))),
-    Case(
-        "v7_prepare",
-        head_rows(6),
-        no_state,
-        rows_only(lambda k, v, w, a, vl, vf: ops.v7_prepare(k, v, w, a, vl, vf, C1, C2, C3, C4, C5, HEADS)),
-    ),
-    Case(
-        "v7_prepare_bf16",
-        head_rows(4, BF16),
-        no_state,
-        rows_only(lambda k, v, w, a: ops.v7_prepare(k, v, w, a, None, None, C1, C2, None, C4, C5, HEADS)),
-    ),
-    Case(
-        "v7_output", head_rows(5), no_state, rows_only(lambda y, r, k, v, g: ops.v7_output(y, r, k, v, g, R_K, C1, C2))
-    ),
-    Case("group_norm_gate", head_rows(2), no_state, rows_only(lambda y, g: ops.group_norm_gate(y, g, C1, C2, HEADS))),
-    Case("v6_decay", head_rows(1), no_state, rows_only(lambda w: ops.v6_decay(w, C1))),
-    Case("tanh", head_rows(1), no_state, rows_only(ops.tanh)),
-    Case("sigmoid_bf16", head_rows(1, BF16), no_state, rows_only(ops.sigmoid)),
-    Case("relu_squared", head_rows(1), no_state, rows_only(ops.relu_squared)),
-    Case("sigmoid_mul", head_rows(2), no_state, rows_only(ops.sigmoid_mul)),
+    Case("layer_norm_bf16", head_rows(1), no_state, rows_only(lambda x: ops.layer_norm(x, C1, C2, 1e-5, BF16))),
 ]
 
 CASES = SEGMENT_CASES + ROW_CASES

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import BF16, C1, C2, CASES, CHANNELS, MIXES, SEGMENT_CASES, Case, rows_of
+from operator_cases import CASES, SEGMENT_CASES, Case, rows_of
 from torch import Tensor
 
 from rwkvmpi import ops
@@ -87,46 +87,34 @@ def test_threads(case: Case, isa: str) -> None:
 
 
 @every_case
-@pytest.mark.skipif("avx512" not in library.runnable(), reason="needs both AVX-512 and AVX2")
 def test_register_width(case: Case) -> None:
+    """All builds with a hardware FMA agree."""
     inputs, state = case.inputs(50, generator(1)), case.state(generator(2))
-    with library.use("avx2"):
-        narrow, narrow_state = alone(case, inputs, state)
-    with library.use("avx512"):
-        wide, wide_state = alone(case, inputs, state)
-    assert all(same(a, b) for a, b in zip(narrow, wide, strict=True))
-    assert same(narrow_state, wide_state)
+    results = []
+    for build in library.runnable()[1:]:
+        with library.use(build):
+            out, after = alone(case, inputs, state)
+        results.append([*out, after])
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other, strict=True)), library.runnable()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_fused_norm_shift_mix(dtype: torch.dtype, isa: str) -> None:
-    g = generator(7)
-    x, shift, rows = (
-        torch.randn(100, CHANNELS, generator=g),
-        torch.randn(2, CHANNELS, generator=g),
-        rows_of((0, 33), (64, 9)),
-    )
-    fused, after = ops.norm_shift_mix(x, C1, C2, shift, MIXES, rows, dtype)
-    u, d, separate_after = ops.norm_shift(x, C1, C2, shift, rows)
-    assert same(fused, ops.mix(u, d, MIXES, None, dtype))
-    assert same(after, separate_after)
-
-
-def test_head_threads_and_place(isa: str) -> None:
-    g = generator(5)
-    x, weight = torch.randn(256, 64, generator=g), torch.randn(300, 64, generator=g)
-    targets = torch.randint(-1, 300, (256,), generator=g)
-    for dtype in (torch.float32, BF16):
-        want = ops.head_logprobs(x.to(dtype), weight.to(dtype), targets, 128)
-        torch.set_num_threads(3)
-        assert same(ops.head_logprobs(x.to(dtype), weight.to(dtype), targets, 128), want)
-        torch.set_num_threads(1)
-        moved = ops.head_logprobs(x.roll(96, 0).to(dtype), weight.to(dtype), targets.roll(96, 0), 128)
-        assert same(moved.roll(-96, 0), want)
+def test_single_tokens_of_many_documents(isa: str) -> None:
+    """One row for each document, as in a step of generating text: the bits of the same tokens in one long chunk."""
+    for case in SEGMENT_CASES:
+        document, state = case.inputs(9, generator(1)), case.state(generator(2))
+        want, want_state = alone(case, document, state)
+        others = [case.inputs(9, generator(seed)) for seed in (3, 4)]
+        states = torch.stack([case.state(generator(5)), state, case.state(generator(6))])
+        for t in range(9):
+            step = [torch.stack([a[t], b[t], c[t]]) for a, b, c in zip(others[0], document, others[1], strict=True)]
+            got, states = case.run(step, states, rows_of((0, 1), (1, 1), (2, 1)))
+            assert all(same(x[1], y[t]) for x, y in zip(got, want, strict=True)), case.name
+        assert same(states[1], want_state), case.name
 
 
 def test_callers_denormal_mode_changes_nothing(isa: str) -> None:
-    case = SEGMENT_CASES[1]
+    case = next(case for case in SEGMENT_CASES if case.name == "wkv6")
     inputs, state = case.inputs(64, generator(1)), case.state(generator(2)) * 1e-30
     inputs = [inputs[0], inputs[1], inputs[2] * 1e-20, inputs[3] * 1e-18]
     want, want_state = alone(case, inputs, state)
