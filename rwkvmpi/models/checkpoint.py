@@ -175,6 +175,18 @@ class Checkpoint:
         prefix = f"blocks.{index}."
         return {name.removeprefix(prefix): self.tensor(name) for name in self._expected if name.startswith(prefix)}
 
+    def let_go(self, names: Iterable[str]) -> None:
+        """Takes the pages of these tensors' part of the file, read by now, out of this process's memory.
+
+        For whoever has made something else of them, layer by layer and before `close`:
+        `checkpoint.let_go(f"blocks.{i}.{name}" for name in tensors)` after layer i is packed, and
+        `checkpoint.let_go(["head.weight"])`. Without it a process holds its weights twice until the system wants the
+        memory back. A tensor that is still in use stays valid, and its pages come back as they are looked at: after
+        `check_finite` an embedding table can be let go of too."""
+        for name in names:
+            entry, _ = self._sources[name]
+            self._files[entry.file].let_go(entry)
+
     def parameters(self) -> int:
         """The number of weights that the model uses, as its file holds them."""
         return sum(entry.numel if source.row is None else entry.numel // 6 for entry, source in self._sources.values())

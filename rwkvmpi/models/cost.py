@@ -10,6 +10,8 @@ from rwkvmpi.models.schema import ModelShape, layer_tensors
 # the removed direction, decays, removes, adds and reads out; RWKV-5 and 6 decay, add, and read out.
 WKV_OPERATIONS = {"5.0": 5, "5.2": 5, "6": 5, "7": 9}
 RWKV4_OPERATIONS = 30  # per channel: four exponentials, two divisions' worth, and a dozen multiplications and additions
+# Bytes of one weight of the large matrices; what "auto" stands for on a CPU is float32.
+ITEMSIZE = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PER_HEAD = ("att.r_k", "att.time_decay", "att.time_faaaa", "att.time_state")  # [H, N] and the like, never multiplied
 
 

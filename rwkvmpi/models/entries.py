@@ -118,6 +118,15 @@ class ModelFile:
                 done += count
         return tensor.reshape(entry.shape)
 
+    def let_go(self, entry: TensorEntry) -> None:
+        """Takes the mapped pages of `entry` out of this process's memory. They stay in the system's cache, and whoever
+        looks at the tensor again gets them back; what was written into it is lost."""
+        if self._pages is None or not entry.nbytes:
+            return
+        start = entry.offset - entry.offset % mmap.PAGESIZE
+        with suppress(OSError, AttributeError):  # it only saves memory
+            self._pages.madvise(mmap.MADV_DONTNEED, start, entry.offset + entry.nbytes - start)
+
     def close(self) -> None:
         """Closes the file; tensors that were read stay valid."""
         if self._fd >= 0:

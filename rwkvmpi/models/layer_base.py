@@ -3,49 +3,95 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
 from rwkvmpi import ops
+from rwkvmpi.models.checkpoint import check_finite
+from rwkvmpi.models.state import LayerState
 
 if TYPE_CHECKING:
+    from rwkvmpi.models.checkpoint import Checkpoint
     from rwkvmpi.models.schema import ModelShape
-    from rwkvmpi.models.state import LayerState
+    from rwkvmpi.models.weight_store import WeightStore
 
 # Of the group norm after the WKV, for every head size: the published models divide by 8 and then use 1e-5.
 GROUP_NORM_EPS = 64e-5
+# A layer reads a chunk in blocks of so many rows, so that what it computes in between stays in the processor's caches.
+# No row's bits depend on it.
+BLOCK_ROWS = 512
+
+
+@dataclass(slots=True)
+class Resources:
+    """What the layers of a stage share: where weights go, scratch memory, how the matrices are held.
+
+    kind: "float32", "bfloat16" or "int8", of the large matrices; the low-rank ones are bfloat16 where that is "int8".
+    """
+
+    kind: str
+    store: WeightStore
+    workspace: ops.Workspace
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs of matrix products."""
+        return torch.float32 if self.kind == "float32" else torch.bfloat16
+
+    def exchange_workspace(self, other: ops.Workspace) -> ops.Workspace:
+        """Use `other` from now on; gives the one used so far."""
+        before, self.workspace = self.workspace, other
+        return before
+
+    def pack(self, load: Callable[[], torch.Tensor], shape: Sequence[int], kind: str) -> ops.Packed:
+        """Lay out for products, in the store's memory, the matrix of `shape` [outputs, inputs] that `load` reads; it is
+        not read where another process has done so already."""
+
+        outputs, inputs = shape
+
+        def fill(memory: torch.Tensor) -> None:
+            ops.pack(load(), kind, memory)
+
+        return ops.Packed(kind, outputs, inputs, self.store.place(ops.packed_bytes(kind, outputs, inputs), fill))
 
 
 class LayerBase(ABC):
     """One layer: time mix, then channel mix, each added to the residual stream.
 
-    Matrices are held in `dtype` (float32 or bfloat16) as the file has them, memory-mapped where nothing has to be
-    converted; vectors are held in float32. The residual stream, the state and v_first are always float32.
+    Matrices are packed for our products; vectors are held in float32. The residual stream, the state, v_first and the
+    outputs of products that no other product reads are always float32.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], index: int, shape: ModelShape, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, resources: Resources) -> None:
+        """Reads layer `index` of the file; UserError that names a tensor with NaN or Inf in it."""
         self.index = index
-        self.shape = shape
-        self.dtype = dtype
+        self.shape: ModelShape = checkpoint.shape
+        self.resources = resources
+        self.dtype = resources.dtype
         self.weight_bytes = 0
-        self._tensors = tensors
+        self._checkpoint: Checkpoint | None = checkpoint
         self.ln1 = self.norm("ln1")
         self.ln2 = self.norm("ln2")
         self.load()
-        self._tensors = {}  # let go of what was converted
+        self.time_state = self.vector("att.time_state") if self.shape.has_time_state else None
+        checkpoint.let_go(name for name in checkpoint.names() if name.startswith(f"blocks.{index}."))
+        self._checkpoint = None
+
+    @property
+    def workspace(self) -> ops.Workspace:
+        """Scratch memory within a mix."""
+        return self.resources.workspace
 
     @abstractmethod
     def load(self) -> None:
         """Take the version's own tensors."""
 
     @abstractmethod
-    def time_mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Add the time mix to x [G, C] in place and advance the state; gives the v_first that later layers need."""
+    def time_mix(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
+        """Add the time mix to x [G, C] in place and advance the state."""
 
     @abstractmethod
     def channel_mix(self, x: torch.Tensor, state: LayerState, rows: torch.Tensor) -> None:
@@ -61,41 +107,87 @@ class LayerBase(ABC):
         None for the others; state: one entry per segment, updated in place; rows int32 [D, 2]: first row and number of
         rows of each segment. Rows outside every segment give meaningless but finite x and touch no state.
         """
-        v_first = self.time_mix(x, v_first, state, rows)
-        self.channel_mix(x, state, rows)
+        v_first = self.first_value(x, v_first)
+        for block in row_blocks(rows, x.shape[0]):
+            part = slice(block.first, block.end)
+            own = LayerState(state.wkv[block.segments], state.shift[block.segments])
+            self.workspace.reset()
+            self.time_mix(x[part], None if v_first is None else v_first[part], own, block.rows)
+            self.workspace.reset()
+            self.channel_mix(x[part], own, block.rows)
         return x, v_first
+
+    def first_value(self, x: torch.Tensor, v_first: torch.Tensor | None) -> torch.Tensor | None:
+        """The v_first that the time mix fills (in layer 0) or reads; None for versions without one."""
+        return None
 
     # ---- for the versions' own load() ----
 
-    def matrix(self, name: str) -> torch.Tensor:
-        """A matrix for torch's products, in this layer's dtype."""
-        return self._keep(self._tensors[name].to(self.dtype))
+    def matrix(self, name: str) -> ops.Packed:
+        """A large matrix [outputs, inputs]."""
+        return self._pack(lambda: self._read(name), self._shape(name), self.resources.kind)
+
+    def low_rank(self, name: str, part: int | None = None) -> ops.Packed:
+        """One of a low-rank pair, as the files have them: [inputs, outputs], or part `part` of several."""
+        *_, inputs, outputs = self._shape(name)
+        kind = "float32" if self.resources.kind == "float32" else "bfloat16"
+        return self._pack(lambda: self._read(name, part).t(), (outputs, inputs), kind)
 
     def vector(self, name: str) -> torch.Tensor:
         """A per-channel or [H, N] tensor in float32."""
-        return self._keep(self._tensors[name].float())
+        return self._keep(self._read(name).float())
 
     def vectors(self, *names: str) -> torch.Tensor:
         """Per-channel tensors [C] stacked to [M, C], float32."""
-        return self._keep(torch.stack([self._tensors[name].float() for name in names]))
+        return self._keep(torch.stack([self._read(name).float() for name in names]))
 
     def norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of a normalisation."""
         return self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
 
+    def _pack(self, load: Callable[[], torch.Tensor], shape: Sequence[int], kind: str) -> ops.Packed:
+        packed = self.resources.pack(load, shape, kind)
+        self.weight_bytes += packed.data.numel()
+        return packed
+
+    def _shape(self, name: str) -> Sequence[int]:
+        assert self._checkpoint is not None
+        return self._checkpoint.tensor_shape(f"blocks.{self.index}.{name}")
+
+    def _read(self, name: str, part: int | None = None) -> torch.Tensor:
+        assert self._checkpoint is not None
+        name = f"blocks.{self.index}.{name}"
+        check_finite(self._checkpoint, [name])
+        tensor = self._checkpoint.tensor(name)
+        return tensor if part is None else tensor[part]
+
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.contiguous()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # never a view that keeps the file's pages
         self.weight_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     # ---- for the versions' own mixes ----
 
-    def add_product(self, x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
-        """x [G, C] += h [G, K] times weight [C, K] transposed, in place; h has the weight's dtype, x is float32."""
-        if h.dtype == torch.float32:
-            x.addmm_(h, weight.t())
-        else:
-            x.add_(linear(h, weight))
+    def product(
+        self, x: torch.Tensor, weight: ops.Packed, op: str = "none", dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """x [G, K] times weight transposed, after it the function `op`: [G, N], valid within this mix."""
+        out = self.workspace.take((x.shape[0], weight.outputs), dtype)
+        ops.product_into(out, x, weight, op)
+        return out
+
+    def shift_mix(
+        self,
+        x: torch.Tensor,
+        norm: tuple[torch.Tensor, torch.Tensor],
+        shift: torch.Tensor,
+        mixes: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """The normalised x mixed with the row before it, once for each of `mixes` [M, C]: M of [G, C]."""
+        mixed = self.workspace.take((mixes.shape[0], *x.shape), self.dtype)
+        ops.shift_mix_into(mixed, x, *norm, shift, mixes, rows)
+        return mixed.unbind(0)
 
 
 class GatedChannelMix(LayerBase):
@@ -109,8 +201,31 @@ class GatedChannelMix(LayerBase):
         self.ffn_value = self.matrix("ffn.value.weight")
 
     def channel_mix(self, x: torch.Tensor, state: LayerState, rows: torch.Tensor) -> None:
-        before = state.shift[:, 1].contiguous()
-        (x_k, x_r), after = ops.norm_shift_mix(x, *self.ln2, before, self.ffn_mixes, rows, self.dtype)
-        value = linear(ops.relu_squared(linear(x_k, self.ffn_key)), self.ffn_value)
-        x.add_(ops.sigmoid_mul(linear(x_r, self.ffn_receptance), value, torch.float32))
-        state.shift[:, 1] = after
+        x_k, x_r = self.shift_mix(x, self.ln2, state.shift[:, 1], self.ffn_mixes, rows)
+        key = self.product(x_k, self.ffn_key, "relu_squared", self.dtype)
+        gate = self.product(x_r, self.ffn_receptance)
+        ops.product_into(x, key, self.ffn_value, "gated_add", gate)
+
+
+@dataclass(slots=True)
+class RowBlock:
+    """Rows first..end-1 of a chunk; the segments with rows there, and where, counted from the block's first row."""
+
+    first: int
+    end: int
+    segments: slice
+    rows: torch.Tensor
+
+
+def row_blocks(rows: torch.Tensor, total: int, size: int = BLOCK_ROWS) -> Iterator[RowBlock]:
+    """Cut a chunk of `total` rows with segments `rows` (int32 [D, 2]) into blocks of at most `size` rows, in order."""
+    if total <= size:
+        yield RowBlock(0, total, slice(0, rows.shape[0]), rows)
+        return
+    bounds = [(first, first + count) for first, count in rows.tolist()]
+    for first in range(0, total, size):
+        end = min(first + size, total)
+        here = [d for d, (lo, hi) in enumerate(bounds) if lo < end and hi > first]
+        local = [(max(bounds[d][0], first) - first, min(bounds[d][1], end) - max(bounds[d][0], first)) for d in here]
+        segments = slice(here[0], here[-1] + 1) if here else slice(0, 0)
+        yield RowBlock(first, end, segments, torch.tensor(local, dtype=torch.int32).view(-1, 2))

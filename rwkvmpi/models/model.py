@@ -9,39 +9,47 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
 
 from rwkvmpi import ops
 from rwkvmpi.errors import UserError
 from rwkvmpi.models.checkpoint import check_finite, open_checkpoint
+from rwkvmpi.models.layer_base import Resources
 from rwkvmpi.models.state import LayerState, ModelState
+from rwkvmpi.models.weight_store import OwnMemory
+from rwkvmpi.ops import library
 
 if TYPE_CHECKING:
     from rwkvmpi.models.checkpoint import Checkpoint
     from rwkvmpi.models.layer_base import LayerBase
     from rwkvmpi.models.schema import ModelShape
+    from rwkvmpi.models.weight_store import WeightStore
 
 CHUNK = 1024
-# Matrix products of fewer rows may take another path through the library and give a row other bits.
-FEWEST_ROWS = 256
-HEAD_BLOCK = 4096  # ids of the vocabulary per product
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = ("float32", "bfloat16", "int8")  # of matrices on a CPU
+STEP_PROGRAMS = 4  # numbers of states for which a step stays recorded
 MODULES = {"4": "rwkv4", "5.0": "rwkv5", "5.2": "rwkv5", "6": "rwkv6", "7": "rwkv7"}
 
 
 class Stage:
     """Layers lo..hi-1 of a model, with the embedding if lo is 0 and the head if hi is the number of layers.
 
-    Only the tensors of these layers are read; NaN or Inf among them is a UserError that names the tensor. The number
-    of torch's threads and the rows given decide the bits of a result: 256 rows or more, a multiple of 32, for the
-    promise that a row's bits depend on its document alone.
+    Only the tensors of these layers are read; NaN or Inf among them is a UserError that names the tensor. A row's bits
+    depend on its document alone: not on the rows beside it, their number, the cut into chunks or the threads.
 
-    layers: the stage's own layers, .layers[i].forward(x, v_first, state, rows); weight_bytes: held or memory-mapped;
-    first, last: whether it embeds, whether it has the head; passes_v_first: whether v_first travels beside x.
+    dtype: how the large matrices are held, "float32", "bfloat16" or "int8"; store: where they lie (default: memory of
+    this process). layers: the stage's own layers, .layers[i].forward(x, v_first, state, rows); weight_bytes: held or
+    memory-mapped; first, last: whether it embeds, whether it has the head; passes_v_first: whether v_first travels
+    beside x.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, lo: int, hi: int, dtype: torch.dtype | str = "float32", device: str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        lo: int,
+        hi: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        store: WeightStore | None = None,
     ) -> None:
         if not 0 <= lo < hi <= checkpoint.shape.n_layer:
             raise ValueError(f"no stage of layers {lo}..{hi} exists in a model of {checkpoint.shape.n_layer} layers")
@@ -51,17 +59,11 @@ class Stage:
         self.lo, self.hi = lo, hi
         self.first, self.last = lo == 0, hi == self.shape.n_layer
         self.passes_v_first = self.shape.version == "7"
-        self.dtype = parse_dtype(dtype)
-        self._time_states: list[torch.Tensor | None] = []
-        self.layers: list[LayerBase] = []
+        self.resources = Resources(check_kind(dtype), store or OwnMemory(), ops.Workspace())
+        self.dtype = self.resources.dtype
         layer_class = import_module(f"rwkvmpi.models.{MODULES[self.shape.version]}").Layer
         with torch.inference_mode():
-            for i in range(lo, hi):
-                tensors = checkpoint.layer(i)
-                check_finite(checkpoint, [f"blocks.{i}.{name}" for name in tensors])
-                self.layers.append(layer_class(tensors, i, self.shape, self.dtype))
-                stored = tensors.get("att.time_state")
-                self._time_states.append(None if stored is None else stored.float())
+            self.layers: list[LayerBase] = [layer_class(checkpoint, i, self.resources) for i in range(lo, hi)]
             self.weight_bytes = sum(layer.weight_bytes for layer in self.layers)
             if self.first:
                 self._load_embedding(checkpoint)
@@ -69,32 +71,41 @@ class Stage:
                 self._load_head(checkpoint)
 
     def _load_embedding(self, checkpoint: Checkpoint) -> None:
-        check_finite(checkpoint, ["emb.weight"])
+        if self.resources.store.fills:
+            check_finite(checkpoint, ["emb.weight"])
+            checkpoint.let_go(["emb.weight"])
         # The table stays as the file has it: a chunk touches a thousand of its rows.
         self.embedding = checkpoint.tensor("emb.weight")
-        self.ln0 = None if checkpoint.ln0_fused else _norm(checkpoint, "blocks.0.ln0")
+        self.ln0 = (None, None) if checkpoint.ln0_fused else _norm(checkpoint, "blocks.0.ln0")
         self.weight_bytes += self.embedding.numel() * self.embedding.element_size()
 
     def _load_head(self, checkpoint: Checkpoint) -> None:
-        check_finite(checkpoint, ["head.weight"])
-        self.head = checkpoint.tensor("head.weight").to(self.dtype).contiguous()
+        def read() -> torch.Tensor:
+            check_finite(checkpoint, ["head.weight"])
+            return checkpoint.tensor("head.weight")
+
+        self.head = self.resources.pack(read, checkpoint.tensor_shape("head.weight"), self.resources.kind)
+        checkpoint.let_go(["head.weight"])
         self.ln_out = _norm(checkpoint, "ln_out")
-        self.weight_bytes += self.head.numel() * self.head.element_size()
+        self.weight_bytes += self.head.data.numel()
 
     @torch.inference_mode()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """First stage: tokens [G] (int32 or int64, each in 0..V-1) to the residual stream [G, C] float32."""
-        x = self.embedding.index_select(0, tokens).float()
-        return x if self.ln0 is None else ops.layer_norm(x, *self.ln0)
+        x = torch.empty(tokens.shape[0], self.shape.n_embd)
+        ops.embed_into(x, tokens, self.embedding, *self.ln0)
+        return x
 
     def initial_state(self, i: int, segments: int) -> LayerState:
         """The state of `segments` documents before their first token in .layers[i] (i counts this stage's layers)."""
-        return LayerState.initial(self.shape, segments, self._time_states[i])
+        return LayerState.initial(self.shape, segments, self.layers[i].time_state)
 
     @torch.inference_mode()
-    def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """Last stage: the normalised output h [G, C] float32 of the residual stream x [G, C]."""
-        return ops.layer_norm(x, *self.ln_out)
+    def finish(self, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Last stage: the normalised output h [G, C], in `dtype`, of the residual stream x [G, C]."""
+        h = torch.empty(x.shape, dtype=dtype)
+        ops.layer_norm_into(h, x, *self.ln_out)
+        return h
 
     @torch.inference_mode()
     def logprobs(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -103,13 +114,10 @@ class Stage:
 
     @torch.inference_mode()
     def logits(self, h: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [G, V] float32, h [G, C] from `finish`; or those of its first rows in `out` [R, V], R <= G."""
+        """Logits [G, V] float32, h [G, C] from `finish`; written to `out` [G, V] where it is given."""
         if out is None:
             out = torch.empty(h.shape[0], self.shape.vocab_size)
-        h = h.to(self.dtype)
-        for first in range(0, self.shape.vocab_size, HEAD_BLOCK):  # so that no second copy of them all exists
-            block = self.head[first : first + HEAD_BLOCK]
-            out[:, first : first + HEAD_BLOCK] = linear(h, block)[: out.shape[0]]
+        ops.product_into(out, h.to(self.dtype), self.head)
         return out
 
     @staticmethod
@@ -121,14 +129,19 @@ class Stage:
 class Model:
     """A whole model in this process. `shape`: its ModelShape; `stage`: all its layers as one Stage."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | str = "float32", device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str = "float32", device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.shape: ModelShape = checkpoint.shape
         self.stage = Stage(checkpoint, 0, checkpoint.shape.n_layer, dtype, device)
+        self._steps: dict[tuple[object, ...], _Step] = {}
 
     def state(self) -> ModelState:
         """The state before the first token."""
-        return ModelState([self.stage.initial_state(i, 1) for i in range(self.shape.n_layer)])
+        return self.states(1)
+
+    def states(self, count: int) -> ModelState:
+        """`count` independent states before their first token, for `step`."""
+        return ModelState([self.stage.initial_state(i, count) for i in range(self.shape.n_layer)])
 
     def forward(
         self, tokens: torch.Tensor | np.ndarray | Sequence[int], state: ModelState | None = None
@@ -136,32 +149,74 @@ class Model:
         """Logits [T, V] float32 after each of the tokens [T], and the state after the last one.
 
         The tokens are what the model is fed: a document as jobs read it begins with token 0. Goes on from `state`
-        (which is not changed) or from `state()`. Calls of 32 tokens and more run in chunks of 1,024 rows, the last one
-        padded, and give the same bits as a job and as any other cut at multiples of 32; shorter ones run as they are.
+        (which is not changed) or from `state()`. However the tokens are cut into calls, the bits are the same, and
+        they are those of a job and of `step`.
         UserError for tokens that are not whole numbers in 0..V-1 in one dimension, or a state of another model.
         """
         ids = self._checked(tokens)
-        if state is None:
-            state = self.state()
-        else:
-            state.check(self.shape)
-            state = state.clone()
+        state = self._checked_copy(state)
+        if len(ids) == 1:
+            return self._step(ids, state), state
         logits = torch.empty(len(ids), self.shape.vocab_size)
         for start in range(0, len(ids), CHUNK):
             part = slice(start, start + CHUNK)
-            self._chunk(ids[part], padded_rows(len(ids[part]), len(ids)), state, logits[part])
+            self.stage.logits(self.stage.finish(self._read(ids[part], state)), logits[part])
         return logits, state
 
+    def prefill(
+        self, tokens: torch.Tensor | np.ndarray | Sequence[int], state: ModelState | None = None
+    ) -> tuple[torch.Tensor, ModelState]:
+        """As `forward`, but only the logits [V] after the last of the tokens [T], T >= 1."""
+        ids = self._checked(tokens)
+        if not len(ids):
+            raise UserError("prefill needs at least one token")
+        state = self._checked_copy(state)
+        for start in range(0, len(ids), CHUNK):
+            x = self._read(ids[start : start + CHUNK], state)
+        logits = torch.empty(1, self.shape.vocab_size)
+        self.stage.logits(self.stage.finish(x[-1:]), logits)
+        return logits[0], state
+
+    def step(
+        self, tokens: torch.Tensor | np.ndarray | Sequence[int], states: ModelState
+    ) -> tuple[torch.Tensor, ModelState]:
+        """Advance B independent states by one token each: logits [B, V] float32, and the states.
+
+        tokens [B]: one for each of `states` (from `states(B)`, or several joined by `ModelState.join`), which are
+        changed in place and given back. UserError as in `forward`.
+        """
+        ids = self._checked(tokens)
+        states.check(self.shape)
+        if len(ids) != states.segments:
+            raise UserError(f"{len(ids)} tokens for {states.segments} states; a step takes one token for each state")
+        return self._step(ids, states), states
+
+    def _step(self, ids: torch.Tensor, states: ModelState) -> torch.Tensor:
+        key = (len(ids), library.current(), torch.get_num_threads())
+        step = self._steps.pop(key, None)
+        logits = torch.empty(len(ids), self.shape.vocab_size)
+        if step is None:
+            step = _Step(self, ids, states.clone(), logits)
+        self._steps[key] = step  # the latest last
+        if len(self._steps) > STEP_PROGRAMS:
+            del self._steps[next(iter(self._steps))]
+        step.run(ids, states, logits)
+        return logits
+
     @torch.inference_mode()
-    def _chunk(self, ids: torch.Tensor, height: int, state: ModelState, logits: torch.Tensor) -> None:
-        """Read `ids` as one chunk of `height` rows; fills logits [number of ids, V] and advances the state."""
-        padded = torch.zeros(height, dtype=torch.int64)
-        padded[: len(ids)] = ids
+    def _read(self, ids: torch.Tensor, state: ModelState) -> torch.Tensor:
+        """The residual stream [T, C] of the tokens `ids` [T]; advances `state`, of one segment."""
         rows = torch.tensor([[0, len(ids)]], dtype=torch.int32)
-        x, v_first = self.stage.embed(padded), None
+        x, v_first = self.stage.embed(ids), None
         for layer, own in zip(self.stage.layers, state.layers, strict=True):
             x, v_first = layer.forward(x, v_first, own, rows)
-        self.stage.logits(self.stage.finish(x), logits)
+        return x
+
+    def _checked_copy(self, state: ModelState | None) -> ModelState:
+        if state is None:
+            return self.state()
+        state.check(self.shape, segments=1)
+        return state.clone()
 
     def _checked(self, tokens: torch.Tensor | np.ndarray | Sequence[int]) -> torch.Tensor:
         try:
@@ -191,20 +246,45 @@ def _norm(checkpoint: Checkpoint, name: str) -> tuple[torch.Tensor, torch.Tensor
     return weight, bias
 
 
-def padded_rows(count: int, call: int) -> int:
-    """Rows to compute for the `count` tokens of one chunk in a call of `call` tokens (see `Model.forward`)."""
-    return count if call < 32 else max(FEWEST_ROWS, -(-count // 32) * 32)
+class _Step:
+    """One single-token step of a given number of states, recorded for replay."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, ids: torch.Tensor, states: ModelState, logits: torch.Tensor) -> None:
+        """Records by taking one step, which advances `states`: give a copy."""
+        self._tokens = ids.clone()  # what the recorded calls read
+        stage, count = model.stage, len(ids)
+        self._workspace = ops.Workspace()  # of its own: the recorded calls keep its addresses
+        rows = torch.tensor([[i, 1] for i in range(count)], dtype=torch.int32)
+        shared = stage.resources.exchange_workspace(self._workspace)
+
+        def body() -> None:
+            x, v_first = stage.embed(self._tokens), None
+            for layer, own in zip(stage.layers, states.layers, strict=True):
+                x, v_first = layer.forward(x, v_first, own, rows)
+            stage.logits(stage.finish(x, stage.dtype), logits)
+
+        try:
+            self._program = ops.Program(body, [*states.tensors(), logits])
+        finally:
+            stage.resources.exchange_workspace(shared)
+
+    @torch.inference_mode()
+    def run(self, ids: torch.Tensor, states: ModelState, logits: torch.Tensor) -> None:
+        """Advance `states` by `ids`; fills `logits`."""
+        self._tokens.copy_(ids)
+        self._program.rebind([*states.tensors(), logits])
+        self._program.run()
 
 
-def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The torch dtype of the weights for "float32" or "bfloat16" (or the dtype itself); UserError for any other."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise UserError(f"weights cannot be used as {dtype}: on a CPU choose --dtype float32 or bfloat16")
-    return found
+def check_kind(dtype: str) -> str:
+    """`dtype` if matrices can be held so on a CPU: "float32", "bfloat16" or "int8"; UserError for any other."""
+    if dtype not in KINDS:
+        raise UserError(f"weights cannot be used as {dtype}: on a CPU choose --dtype float32, bfloat16 or int8")
+    return dtype
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "float32") -> Model:
+def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Model:
     """Open a model file (.pth, .safetensors, an index, a folder, or "bundled") and load all of it.
 
     UserError when the file is not a sound RWKV-4, 5, 6 or 7 model, or the device or dtype cannot be used.

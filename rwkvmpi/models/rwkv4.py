@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
 from rwkvmpi import ops
 from rwkvmpi.models.layer_base import GatedChannelMix
@@ -28,16 +27,11 @@ class Layer(GatedChannelMix):
         self.first = self.vector("att.time_first")
         self.load_channel_mix(1 - self.vectors("ffn.time_mix_k", "ffn.time_mix_r"))
 
-    def time_mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor
-    ) -> torch.Tensor | None:
-        before = state.shift[:, 0].contiguous()
-        (x_k, x_v, x_r), after = ops.norm_shift_mix(x, *self.ln1, before, self.mixes, rows, self.dtype)
-        k = linear(x_k, self.key).float()
-        v = linear(x_v, self.value).float()
-        y, wkv = ops.wkv4(k, v, self.decay, self.first, state.wkv, rows)
-        r = linear(x_r, self.receptance)
-        self.add_product(x, ops.sigmoid_mul(r, y, self.dtype), self.output)
-        state.wkv.copy_(wkv)
-        state.shift[:, 0] = after
-        return None
+    def time_mix(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
+        x_k, x_v, x_r = self.shift_mix(x, self.ln1, state.shift[:, 0], self.mixes, rows)
+        k = self.product(x_k, self.key)
+        v = self.product(x_v, self.value)
+        r = self.product(x_r, self.receptance)
+        h = self.workspace.take(tuple(x.shape), self.dtype)
+        ops.v4_time_mix_into(h, r, k, v, self.decay, self.first, state.wkv, rows)
+        ops.product_into(x, h, self.output, "add")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
 from rwkvmpi import ops
 from rwkvmpi.models.layer_base import GROUP_NORM_EPS, GatedChannelMix
@@ -33,19 +32,12 @@ class Layer(GatedChannelMix):
         self.ln_x = self.norm("att.ln_x")
         self.load_channel_mix(1 - self.vectors("ffn.time_mix_k", "ffn.time_mix_r"))
 
-    def time_mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor
-    ) -> torch.Tensor | None:
-        heads = (x.shape[0], self.shape.n_head, self.shape.head_size)
-        before = state.shift[:, 0].contiguous()
-        mixed, after = ops.norm_shift_mix(x, *self.ln1, before, self.mixes, rows, self.dtype)
-        r = linear(mixed[0], self.receptance).float().view(heads)
-        k = linear(mixed[1], self.key).float().view(heads)
-        v = linear(mixed[2], self.value).float().view(heads)
-        gate = None if self.gate is None else linear(mixed[3], self.gate)
-        y, wkv = ops.wkv5(r, self.decay, k, v, self.bonus, state.wkv, rows)
-        h = ops.group_norm_gate(y.view(x.shape), gate, *self.ln_x, self.shape.n_head, GROUP_NORM_EPS, self.dtype)
-        self.add_product(x, h, self.output)
-        state.wkv.copy_(wkv)
-        state.shift[:, 0] = after
-        return None
+    def time_mix(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
+        mixed = self.shift_mix(x, self.ln1, state.shift[:, 0], self.mixes, rows)
+        r = self.product(mixed[0], self.receptance)
+        k = self.product(mixed[1], self.key)
+        v = self.product(mixed[2], self.value)
+        gate = None if self.gate is None else self.product(mixed[3], self.gate)
+        h = self.workspace.take(tuple(x.shape), self.dtype)
+        ops.v5_time_mix_into(h, r, k, v, self.decay, self.bonus, gate, *self.ln_x, state.wkv, rows, GROUP_NORM_EPS)
+        ops.product_into(x, h, self.output, "add")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
 from rwkvmpi import ops
 from rwkvmpi.models.layer_base import GROUP_NORM_EPS, GatedChannelMix
@@ -21,41 +20,35 @@ class Layer(GatedChannelMix):
 
     def load(self) -> None:
         self.first_mix = self.vectors("att.time_maa_x")
-        self.mixes = self.vectors(*(f"att.time_maa_{n}" for n in MIXES))
-        self.maa_w1 = self.matrix("att.time_maa_w1")
-        self.maa_w2 = self.matrix("att.time_maa_w2")
-        self.decay_w1 = self.matrix("att.time_decay_w1")
-        self.decay_w2 = self.matrix("att.time_decay_w2")
+        self.mixes = [self.vector(f"att.time_maa_{n}").flatten() for n in MIXES]
+        self.maa_w1 = self.low_rank("att.time_maa_w1")
+        self.maa_w2 = [self.low_rank("att.time_maa_w2", part) for part in range(len(MIXES))]
+        self.decay_w1 = self.low_rank("att.time_decay_w1")
+        self.decay_w2 = self.low_rank("att.time_decay_w2")
         self.receptance = self.matrix("att.receptance.weight")
         self.key = self.matrix("att.key.weight")
         self.value = self.matrix("att.value.weight")
         self.gate = self.matrix("att.gate.weight")
         self.output = self.matrix("att.output.weight")
-        self.decay = self.vector("att.time_decay")
+        self.decay = self.vector("att.time_decay").flatten()
         self.bonus = self.vector("att.time_faaaa")
         self.ln_x = self.norm("att.ln_x")
         self.load_channel_mix(self.vectors("ffn.time_maa_k", "ffn.time_maa_r"))
 
-    def time_mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor
-    ) -> torch.Tensor | None:
-        heads = (x.shape[0], self.shape.n_head, self.shape.head_size)
-        before = state.shift[:, 0].contiguous()
-        u, d, after = ops.norm_shift(x, *self.ln1, before, rows)
-        low = ops.tanh(torch.mm(ops.mix(u, d, self.first_mix, None, self.dtype)[0], self.maa_w1))
-        delta = torch.empty(len(MIXES), *x.shape, dtype=self.dtype)
-        for part, low_part, second in zip(delta, low.chunk(len(MIXES), dim=1), self.maa_w2, strict=True):
-            torch.mm(low_part, second, out=part)
-        x_w, x_k, x_v, x_r, x_g = ops.mix(u, d, self.mixes, delta, self.dtype)
-        decay_low = torch.mm(ops.tanh(torch.mm(x_w, self.decay_w1)), self.decay_w2)
-        w = ops.v6_decay(decay_low, self.decay).view(heads)
-        r = linear(x_r, self.receptance).float().view(heads)
-        k = linear(x_k, self.key).float().view(heads)
-        v = linear(x_v, self.value).float().view(heads)
-        y, wkv = ops.wkv6(r, w, k, v, self.bonus, state.wkv, rows)
-        gate = linear(x_g, self.gate)
-        h = ops.group_norm_gate(y.view(x.shape), gate, *self.ln_x, self.shape.n_head, GROUP_NORM_EPS, self.dtype)
-        self.add_product(x, h, self.output)
-        state.wkv.copy_(wkv)
-        state.shift[:, 0] = after
-        return None
+    def time_mix(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
+        u, d = (self.workspace.take(tuple(x.shape), torch.float32) for _ in range(2))
+        first = self.workspace.take((1, *x.shape), self.dtype)
+        ops.shift_pair_into((u, d, first), x, *self.ln1, state.shift[:, 0], self.first_mix, rows)
+        low = self.product(first[0], self.maa_w1, "tanh", self.dtype)
+        mixed = self.workspace.take((len(MIXES), *x.shape), self.dtype)
+        for out, part, second, mix in zip(mixed, low.chunk(len(MIXES), dim=1), self.maa_w2, self.mixes, strict=True):
+            ops.product_into(out, part, second, "mix", None, u, d, mix)
+        x_w, x_k, x_v, x_r, x_g = mixed.unbind(0)
+        w = self.product(self.product(x_w, self.decay_w1, "tanh", self.dtype), self.decay_w2)
+        r = self.product(x_r, self.receptance)
+        k = self.product(x_k, self.key)
+        v = self.product(x_v, self.value)
+        gate = self.product(x_g, self.gate)
+        h = self.workspace.take(tuple(x.shape), self.dtype)
+        ops.v6_time_mix_into(h, r, k, v, w, self.decay, self.bonus, gate, *self.ln_x, state.wkv, rows, GROUP_NORM_EPS)
+        ops.product_into(x, h, self.output, "add")

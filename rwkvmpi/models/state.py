@@ -103,23 +103,47 @@ class LayerState:
 
 @dataclass(slots=True)
 class ModelState:
-    """The state of a whole model for one document: one `LayerState` of one segment per layer."""
+    """The state of a whole model for one document or several: a `LayerState` of as many segments per layer."""
 
     layers: list[LayerState]
+
+    @classmethod
+    def join(cls, states: Sequence[ModelState]) -> Self:
+        """The segments of several states, one after the other, copied."""
+        parts = zip(*(state.layers for state in states), strict=True)
+        return cls([LayerState(torch.cat([a.wkv for a in part]), torch.cat([a.shift for a in part])) for part in parts])
+
+    @property
+    def segments(self) -> int:
+        """The number of documents."""
+        return self.layers[0].segments
+
+    def segment(self, index: int) -> ModelState:
+        """A copy of one document's state."""
+        part = slice(index, index + 1) if index != -1 else slice(-1, None)
+        return ModelState([LayerState(layer.wkv[part].clone(), layer.shift[part].clone()) for layer in self.layers])
 
     def clone(self) -> ModelState:
         """A copy that shares no memory with this one."""
         return ModelState([layer.clone() for layer in self.layers])
 
-    def check(self, shape: ModelShape) -> None:
-        """UserError unless this state has the shapes that a model of `shape` needs."""
-        expected = (shape.n_layer, (1, *wkv_shape(shape)), (1, 2, shape.n_embd))
+    def tensors(self) -> list[torch.Tensor]:
+        """Every layer's wkv and shift."""
+        return [tensor for layer in self.layers for tensor in (layer.wkv, layer.shift)]
+
+    def check(self, shape: ModelShape, segments: int | None = None) -> None:
+        """UserError unless this state has the shapes that a model of `shape` needs, contiguous float32, for `segments`
+        documents (None: any number of them)."""
+        count = self.segments if segments is None and self.layers else segments or 1
+        expected = (shape.n_layer, (count, *wkv_shape(shape)), (count, 2, shape.n_embd))
         shapes = {(tuple(layer.wkv.shape), tuple(layer.shift.shape)) for layer in self.layers}
         if (len(self.layers), {expected[1:]}) != (expected[0], shapes):
             raise UserError(
                 f"the state given has {len(self.layers)} layers of {_words(sorted(shapes))}, but this model needs "
                 f"{shape.n_layer} layers of {_words([expected[1:]])}"
             )
+        if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in self.tensors()):
+            raise UserError("the state given is not contiguous float32 throughout")
 
 
 def _words(shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
