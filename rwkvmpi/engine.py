@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rwkvmpi.cluster import logs
+from rwkvmpi.cluster import logs, pinning, shared_weights
 from rwkvmpi.cluster.signals import StopRequest
 from rwkvmpi.config import Job, parse_commit_every
 from rwkvmpi.corpus.feeder import Feeder
@@ -65,6 +65,7 @@ class Engine:
         self._stop = StopRequest(folder if self._rank == 0 else None, job.run.max_time).install()
         self._stop_told = False
         torch.set_num_threads(job.run.threads)
+        self._pinned = pinning.settle(comm, job.run.threads)
         self._check_processors()
         place = grid.place(self._rank)
         with open_checkpoint(job.model.path) as checkpoint:
@@ -72,7 +73,11 @@ class Engine:
             self._task = task = make_task(job.task.name, job.task.window, shape.n_embd)
             head_cost = cost.head_cost(shape) if task.needs_head else 0.0
             bounds = split_layers(shape.n_layer, grid.stages, cost.layer_cost(shape), head_cost)
-            self._stage = stage = Stage(checkpoint, *bounds[place.stage], job.model.dtype, job.model.device)
+            self._stage = stage = shared_weights.build(
+                comm,
+                place.stage,
+                lambda store: Stage(checkpoint, *bounds[place.stage], job.model.dtype, job.model.device, store),
+            )
         self._flops_per_token = cost.layer_cost(shape) * len(stage.layers) + (head_cost if stage.last else 0.0)
 
         self._control = control = Control(comm)
@@ -108,7 +113,7 @@ class Engine:
 
     def run(self) -> Outcome | None:
         """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
-        with self._progress_bar():
+        with self._progress_bar(), self._pinned:
             self._wavefront.run()
             self._farewell()
             if self._coordinator is not None:

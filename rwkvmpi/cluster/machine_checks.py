@@ -23,6 +23,7 @@ NEEDED = ("numpy", "h5py", "pydantic", "click", "rich", "zstandard", "pyarrow", 
 FREE_ENOUGH = 2 << 30
 SHARED_MEMORY_ENOUGH = 256 << 20
 SLOW_FSYNC_S = 0.5
+HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -47,31 +48,35 @@ def packages() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    """Cores that may be used, and whether the threads asked for fit them."""
+    """Cores that may be used, by whose word, and whether the threads asked for fit them."""
     facts = launch_facts()
     cores, threads = affinity.cores_available(), affinity.threads_per_rank()
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    value = f"{processor_name()}, {cores} of {os.cpu_count()} usable as cores, {threads} threads per rank"
+    value = "; ".join([processor_name(), *affinity.describe(threads)[:2]])
     ranks = facts.local_size
     # a launcher that binds leaves each rank its own cores; one that does not leaves them all the same ones
     if chosen and threads > cores:
         remedy = f"unset OMP_NUM_THREADS (now {chosen}) or set it to at most {cores}"
         yield Finding("processor", "warn", value, remedy)
     elif ranks > (os.cpu_count() or 1):
-        value += f", {ranks} ranks on this node"
         yield Finding("processor", "warn", value, "start at most one rank per core; more are correct but slower")
     else:
         yield Finding("processor", "ok", value)
 
 
 def shared_memory() -> Iterator[Finding]:
-    """/dev/shm is how ranks of one node exchange messages; containers often come with 64 MB of it."""
+    """/dev/shm is how ranks of one node exchange messages; containers often come with 64 MB of it. The weights that
+    ranks share need no room there, but may lie on huge pages where the kernel allows them for shared memory."""
     try:
         usage = shutil.disk_usage("/dev/shm")
     except OSError:
         yield Finding("shared memory", "warn", "/dev/shm is missing", "mount a tmpfs there; MPI is slow without it")
         return
     value = f"/dev/shm has {usage.free >> 20:,} MiB free of {usage.total >> 20:,}"
+    try:  # always within_size [advise] never deny force
+        value += f", huge pages {HUGE_SHARED.read_text().partition('[')[2].partition(']')[0]}"
+    except OSError:
+        value += ", no huge pages"
     if usage.free < SHARED_MEMORY_ENOUGH:
         yield Finding("shared memory", "warn", value, "give a container more, for instance docker run --shm-size=1g")
     else:

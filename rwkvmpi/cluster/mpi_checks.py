@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvmpi import __version__
-from rwkvmpi.cluster import affinity, mpi
+from rwkvmpi.cluster import mpi, thread_checks
 from rwkvmpi.cluster.doctor import Finding
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.cluster.machine_checks import processor_name
@@ -107,12 +107,7 @@ def _this_world() -> Iterator[Finding]:
     if len(kinds) > 1:
         remedy = "set RWKVMPI_ISA to the least of them everywhere, or take one kind of node"
         yield Finding("nodes differ", "warn", f"processors: {'; '.join(kinds)}", remedy)
-    for host in sorted(hosts):
-        here = [place for place in places if place["host"] == host]
-        wanted, cores = sum(place["threads"] for place in here), here[0]["node_cores"]
-        if wanted > max(cores, len(here)):
-            value = f"{host}: {len(here)} ranks with {wanted} threads in all on {cores} cores"
-            yield Finding("threads", "warn", value, "set OMP_NUM_THREADS to cores / ranks on the node, or leave it out")
+    yield from thread_checks.of_all_ranks(comm)
 
 
 def _place() -> dict[str, Any]:
@@ -124,8 +119,6 @@ def _place() -> dict[str, Any]:
         "numpy": version("numpy"),
         "library": mpi.library_version(),
         "processor": processor_name(),
-        "threads": affinity.threads_per_rank(),
-        "node_cores": affinity.physical_cores(set(range(os.cpu_count() or 1))),
     }
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from rwkvmpi.cluster.pinning import free_this_thread
 from rwkvmpi.grid.control import Control
 from rwkvmpi.grid.layout import Grid
 from rwkvmpi.grid.queue import DocumentQueue
@@ -49,7 +50,7 @@ class Coordinator:
         self._control, self._grid, self._queue, self._ledger, self._begun = control, grid, queue, ledger, begun
         self._reference, self._on_failed, self._stop_on_error = reference, on_failed, stop_on_error
         self._replicas = [_Replica(grid.members(d)) for d in range(grid.replicas)]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits", initializer=free_this_thread)
         self._saving: Future[Any] | None = None
         self._dirty = False
         self._saved_at = 0.0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from rwkvmpi.cluster.pinning import free_this_thread
 from rwkvmpi.store.shard_builder import DEFAULT_LIMIT_BYTES, MAX_LIMIT_BYTES, ShardBuilder, newest
 from rwkvmpi.store.shard_file import Cut, ShardRef, merge_cuts
 
@@ -26,7 +27,7 @@ class ShardWriter(ShardBuilder):
     def __init__(self, folder: Path, attempt: int, rank: int, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         super().__init__(folder, attempt, rank, limit_bytes)
         self.waited_s = 0.0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards", initializer=free_this_thread)
         self._room = threading.Condition()
         self._queued_bytes = 0
         self._error: BaseException | None = None

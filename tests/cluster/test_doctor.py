@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rwkvmpi
-from rwkvmpi.cluster import doctor, machine_checks, number_checks
+from rwkvmpi.cluster import affinity, doctor, machine_checks, number_checks, pinning, thread_checks
 from rwkvmpi.cluster.doctor import Finding
 from rwkvmpi.errors import UserError
 
@@ -59,11 +59,33 @@ def test_a_check_that_falls_over_is_a_finding() -> None:
 
 def test_more_threads_than_cores_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert statuses(machine_checks.processor()) == {"processor": "ok"}
+    (finding,) = machine_checks.processor()
+    assert finding.status == "ok"
+    assert f"cores in the mask ({affinity.shown(os.sched_getaffinity(0))} of " in finding.value
+    assert "quota" in finding.value
+    assert "no word of Slurm; 1 rank on this node, threads per rank: 1" in finding.value
+    assert statuses(thread_checks.of_this_process()) == {"threads": "ok"}
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count() * 2))
     (finding,) = machine_checks.processor()
     assert finding.status == "warn"
+    assert "SLURM_CPUS_PER_TASK=7" in finding.value
     assert "unset OMP_NUM_THREADS" in finding.remedy
+    (finding,) = thread_checks.of_this_process()
+    assert finding.status == "warn"
+    assert f"1 rank with {os.cpu_count() * 2} threads in all on " in finding.value
+    assert "threads are not bound" in finding.value
+
+
+def test_the_doctor_asks_the_threads_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = affinity.core_groups(sorted(os.sched_getaffinity(0)))[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RWKVMPI_PIN_THREADS", "1")
+    (finding,) = thread_checks.of_this_process()
+    assert (finding.status, finding.value) == ("ok", f"threads on cores {affinity.shown(core)}")
+    monkeypatch.setattr(pinning, "_set", lambda cores: None)  # as where the kernel does not obey
+    (finding,) = thread_checks.of_this_process()
+    assert finding.value == f"threads on cores {affinity.shown(os.sched_getaffinity(0))}"
 
 
 def test_a_wrong_operator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,18 +100,18 @@ def test_a_wrong_operator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_matrix_product_that_depends_on_the_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+    from rwkvmpi import ops
 
-    right = torch.nn.functional.linear
+    right = ops.product
 
-    def fickle(x, weight):  # the last rows are summed in another order, as by a kernel for odd row counts
+    def fickle(x, weight):  # the last rows end in other bits, as if a tile for few rows summed in another order
         y = right(x, weight)
-        y[-64:] = right(x[-64:].flip(1), weight.flip(1))
+        y[-64:] *= 1 + 1e-6
         return y
 
     monkeypatch.setattr(number_checks, "MATRICES", ((192, 256),))
     assert statuses(number_checks.matrix_rows()) == {"matrix products": "ok"}
-    monkeypatch.setattr(torch.nn.functional, "linear", fickle)
+    monkeypatch.setattr(ops, "product", fickle)
     (finding,) = number_checks.matrix_rows()
     assert finding.status == "fail"
     assert "float32" in finding.value
