@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rwkvmpi.errors import UserError
 
 DEFAULT_CHUNK = 1024
+AUTO_CHUNK = 0  # until prepare or plan knows what was measured here
 MIN_CHUNK = 256  # matrix products of fewer rows do not give a row the same bits wherever it stands
 MAX_CHUNK = 65536
 ROW_ALIGNMENT = 32
@@ -31,7 +32,7 @@ class ModelSection(_Section):
 
     path: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     tokenizer: str = "auto"
     chunk: int = DEFAULT_CHUNK
 
@@ -39,7 +40,7 @@ class ModelSection(_Section):
     @classmethod
     def _chunk(cls, value: Any) -> int:
         if value == "auto":
-            return DEFAULT_CHUNK
+            return AUTO_CHUNK
         try:
             size = int(value)
         except (TypeError, ValueError):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from rwkvmpi.config import make_job
+from rwkvmpi.config import AUTO_CHUNK, make_job
 from rwkvmpi.corpus.counting import count_tokens
 from rwkvmpi.corpus.index import build_index
 from rwkvmpi.corpus.tokenizers import load_tokenizer
-from rwkvmpi.grid.figures import load_machine
+from rwkvmpi.grid.figures import choose_chunk, load_machine
 from rwkvmpi.grid.layout import check_grid, split_layers
 from rwkvmpi.grid.plan import choose_grid, predict_seconds, work_of
 from rwkvmpi.models.checkpoint import open_checkpoint
+from rwkvmpi.models.cost import ITEMSIZE
 
-ITEMSIZE = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 KEEP = ("chunk", "device", "dtype", "tokenizer")
 
 
@@ -46,9 +47,12 @@ def make_plan(
             tokens[count.doc] = 0 if count.error is not None else count.ntokens
             if progress is not None:
                 progress(f"{count.doc + 1:,} of {len(index):,} documents, {int(tokens.sum()):,} tokens")
-    itemsize = ITEMSIZE[job.model.dtype]
-    work = work_of(shape, itemsize, job.model.chunk, tokens, task == "score")
-    machine = load_machine("cpu", "float32" if itemsize == 4 else job.model.dtype, threads)
+    dtype = "float32" if job.model.dtype == "auto" else job.model.dtype
+    machine = load_machine("cpu", dtype, threads)
+    why = ""
+    if job.model.chunk == AUTO_CHUNK:
+        job.model.chunk, why = choose_chunk("cpu", dtype, threads, shape.version, shape.n_embd)
+    work = work_of(shape, ITEMSIZE[dtype], job.model.chunk, tokens, task == "score")
     wanted = {key: options.get(key) or 0 for key in ("stages", "ring", "replicas")}
     grid = choose_grid(work, ranks, machine, **wanted)
     check_grid(grid, ranks, shape.n_layer)
@@ -58,6 +62,8 @@ def make_plan(
     return {
         "model": {"version": shape.version, "parameters": parameters, "layers": shape.n_layer, "width": shape.n_embd},
         "grid": {"stages": grid.stages, "ring": grid.ring, "replicas": grid.replicas, "ranks": grid.size},
+        "chunk": job.model.chunk,
+        "chunk_reason": why,
         "layers_per_stage": [hi - lo for lo, hi in bounds],
         "bytes_per_rank": [
             (hi - lo) * work.weight_bytes_per_layer + (work.weight_bytes_ends if lo == 0 or hi == shape.n_layer else 0)
@@ -71,7 +77,8 @@ def make_plan(
         "tokens": work.tokens if inputs else None,
         "flops_per_token": work.layer_flops * shape.n_layer + work.head_flops,
         "efficiency": predict_seconds(work, one, machine) / (seconds * grid.size),
-        "seconds": seconds if machine.measured and inputs else None,
+        "seconds": seconds if machine.speed_from and inputs else None,
+        "machine": asdict(machine),
     }
 
 
@@ -85,6 +92,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"= {grid['ranks']} ranks",
         f"layers      {' + '.join(map(str, plan['layers_per_stage']))} per stage",
         f"weights     {', '.join(size(n) for n in plan['bytes_per_rank'])} per rank of each stage",
+        f"chunk       {plan['chunk']:,} tokens" + (f": {plan['chunk_reason']}" if plan["chunk_reason"] else ""),
     ]
     if plan["bytes_per_hop_down"]:
         lines.append(f"hop down    {size(plan['bytes_per_hop_down'])} of activations per chunk")
@@ -100,10 +108,24 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(f"efficiency  {plan['efficiency']:.0%} of the ranks' time is predicted to be computing")
     if plan["seconds"] is not None:
         rate = plan["tokens"] / plan["seconds"]
-        lines.append(f"time        {plan['seconds']:,.0f} s at {rate:,.0f} tokens/s, from figures measured here")
+        lines.append(f"time        {plan['seconds']:,.0f} s at {rate:,.0f} tokens/s")
     elif plan["tokens"] is not None:
-        lines.append("time        unknown: no run of 10 s or more has been measured here yet")
-    return "\n".join(lines)
+        lines.append(
+            "time        unknown: nothing was measured here yet; `rwkvmpi bench` does it, or any run of 10 s or more"
+        )
+    return "\n".join(lines + _measured(plan["machine"], grid["ranks"]))
+
+
+def _measured(machine: dict[str, Any], ranks: int) -> list[str]:
+    """What the predictions rest on, and who measured it last."""
+    lines = []
+    if machine["speed_from"]:
+        rate = machine["flops_per_second"] / 1e9
+        lines.append(f"speed       {rate:,.0f} GFLOP/s of one rank: {machine['speed_from']}")
+    if ranks > 1:
+        hop = f"{machine['hop_latency_s'] * 1e6:,.0f} us + {machine['hop_bytes_per_second'] / 1e9:,.1f} GB/s"
+        lines.append(f"hops        {hop}: {machine['hop_from'] or 'assumed; mpirun -n 2 rwkvmpi bench measures them'}")
+    return lines
 
 
 def size(nbytes: float) -> str:

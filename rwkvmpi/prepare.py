@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from rwkvmpi import __version__
-from rwkvmpi.config import Job
+from rwkvmpi.cluster.logs import LOGGER
+from rwkvmpi.config import AUTO_CHUNK, Job, explain
 from rwkvmpi.corpus.index import CorpusIndex, build_index, compare_fingerprints, order
 from rwkvmpi.corpus.tokenizers import load_tokenizer
 from rwkvmpi.errors import UserError
-from rwkvmpi.grid.figures import load_machine
+from rwkvmpi.grid.figures import Choice, choose_chunk, load_machine
 from rwkvmpi.grid.layout import Grid, check_grid
 from rwkvmpi.grid.plan import choose_grid, work_of
 from rwkvmpi.grid.queue import DocumentQueue
+from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import open_checkpoint
 from rwkvmpi.models.schema import ModelShape
 from rwkvmpi.store.commits import load_last_commit, remove_unlisted
@@ -80,11 +84,13 @@ class Finished:
     failed: int
 
 
-def examine(job: Job) -> Examined:
+def examine(job: Job, folder: Path, threads: int, force: bool) -> Examined:
     """Check the model, the tokenizer and the input. UserError for everything a user can mend; nothing is written."""
     with open_checkpoint(job.model.path) as checkpoint:
         shape, model_sha256 = checkpoint.shape, checkpoint.sha256()
     resolve(job)
+    if job.model.chunk == AUTO_CHUNK:
+        resolve_chunk(job, shape, None if force else folder, threads)
     tokenizer = load_tokenizer(job.model.tokenizer, shape.vocab_size)
     index = build_index(job.input.paths, job.input.text_key, job.input.id_key)
     identity = {
@@ -164,9 +170,25 @@ def resolve(job: Job) -> None:
     if job.model.device == "cuda":
         raise UserError("--device cuda: this version computes on CPUs only; leave the option out, or say cpu")
     if job.model.dtype == "float16":
-        raise UserError("--dtype float16: this needs a GPU; on a CPU use float32 or bfloat16")
+        raise UserError("--dtype float16: this needs a GPU; on a CPU use float32, bfloat16 or int8")
     if job.grid.transport == "verbs":
         raise UserError("--transport verbs: this version has the transport mpi only; leave the option out")
+
+
+def resolve_chunk(job: Job, shape: ModelShape, folder: Path | None, threads: int) -> None:
+    """Put the chunk that --chunk auto stands for in its place: that of the run begun in `folder`, whatever was measured
+    since; else the one that was fastest here. Says so, with the reason."""
+    path = identity_path(RunFolder(folder)) if folder is not None else None
+    begun = read_json(path) if path is not None else None
+    if begun is not None and isinstance(begun.get("chunk"), int):
+        choice = Choice(begun["chunk"], "as this run was begun")
+    else:
+        choice = choose_chunk(job.model.device, job.model.dtype, threads, shape.version, shape.n_embd)
+    try:
+        job.model.chunk = choice.chunk
+    except ValidationError as error:
+        raise explain(error, str(path)) from None
+    logging.getLogger(LOGGER).info("--chunk auto is %s: %s", f"{choice.chunk:,}", choice.reason)
 
 
 def check_identity(run: RunFolder, identity: dict[str, Any]) -> None:
@@ -225,7 +247,7 @@ def choose(examined: Examined, progress: Progress | None, world: int, threads: i
     if progress is not None:
         left[progress.done] = False
     tokens = (index.nbytes[left] / BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)).astype(np.int64)
-    work = work_of(shape, 4 if job.model.dtype == "float32" else 2, job.model.chunk, tokens, job.task.name == "score")
+    work = work_of(shape, cost.ITEMSIZE[job.model.dtype], job.model.chunk, tokens, job.task.name == "score")
     grid = choose_grid(
         work,
         world,

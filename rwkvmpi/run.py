@@ -53,7 +53,7 @@ def _prepare(
     from rwkvmpi.prepare import Finished, examine, prepare, show_plan
 
     memory = _memory_per_rank()
-    examined = examine(job)
+    examined = examine(job, folder, threads, force)
     if dry_run:
         show_plan(examined, folder, world, threads, memory, force)
         return EXIT_DONE

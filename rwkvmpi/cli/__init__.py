@@ -21,6 +21,7 @@ VERBS = {
     "status": "Progress, rate and failures of a run.",
     "plan": "Layout, bytes per rank and hop, predicted time.",
     "doctor": "What is wrong with this machine, and how to mend it.",
+    "bench": "How fast this machine computes and sends, for plan and --chunk auto.",
     "random-model": "Random weights of an official or given shape.",
 }
 

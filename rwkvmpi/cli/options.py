@@ -38,10 +38,19 @@ GRID_OPTIONS: list[Decorator] = [
     ),
 ]
 
+DTYPES = ["auto", "float32", "bfloat16", "float16", "int8"]
+
 MODEL_OPTIONS: list[Decorator] = [
-    click.option("--chunk", metavar="G|auto", help="Tokens per chunk, part of a result's identity.  [default: 1024]"),
+    click.option(
+        "--chunk",
+        metavar="G|auto",
+        help="Tokens per chunk. Part of a result's identity and written into RUN/job.toml. auto: the one that `rwkvmpi "
+        "bench` found fastest here, for any grid; a run that was begun keeps its own.  [default: 1024]",
+    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]"),
-    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="[default: auto]"),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help="How the matrices are held.  [default: auto, float32 on CPUs]"
+    ),
     click.option("--tokenizer", metavar="auto|world|bytes|FILE.json", help="[default: auto, by the vocabulary's size]"),
     click.option("--text-key", metavar="KEY", help="Key or column of a record's text.  [default: text]"),
     click.option("--id-key", metavar="KEY", help="Key or column of a record's id.  [default: id]"),

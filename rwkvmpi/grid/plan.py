@@ -8,7 +8,7 @@ the first rank needs it again: a turn lasts max(t_stage, S * (t_layer + t_hop)).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,24 @@ from rwkvmpi.models import cost
 
 @dataclass(frozen=True)
 class Machine:
-    """Figures of one rank. Defaults are a modest CPU core; `plan` replaces them by measured ones."""
+    """Figures of one rank. Defaults are a modest CPU core and shared memory; `grid.figures` knows measured ones.
+
+    speed_from, hop_from: who measured the speed and the hops, and when; '' for the defaults.
+    """
 
     flops_per_second: float = 50e9
     hop_latency_s: float = 20e-6
     hop_bytes_per_second: float = 5e9
-    measured: bool = False
+    speed_from: str = ""
+    hop_from: str = ""
+
+    def with_speed(self, flops_per_second: float, measured_by: str) -> Machine:
+        """The same machine with a measured speed."""
+        return replace(self, flops_per_second=flops_per_second, speed_from=measured_by)
+
+    def with_hop(self, latency_s: float, bytes_per_second: float, measured_by: str) -> Machine:
+        """The same machine with measured hops."""
+        return replace(self, hop_latency_s=latency_s, hop_bytes_per_second=bytes_per_second, hop_from=measured_by)
 
 
 @dataclass(frozen=True)
