@@ -39,9 +39,10 @@ def copy_held_out(library: Path, folder: Path, with_tests: bool, whole: bool) ->
     return texts
 
 
-def score(model: str, folder: Path, run: Path) -> dict[str, float]:
-    """Bits per byte by document id, as `rwkvmpi score` finds them."""
-    subprocess.run([sys.executable, "-m", "rwkvmpi", "score", model, str(folder), "-o", str(run)], check=True)
+def score(model: str, folder: Path, run: Path, *options: str) -> dict[str, float]:
+    """Bits per byte by document id, as `rwkvmpi score` with these options finds them."""
+    command = [sys.executable, "-m", "rwkvmpi", "score", model, str(folder), "-o", str(run), *options]
+    subprocess.run(command, check=True)
     with h5py.File(run / "results.h5") as file:
         names = file["documents/id"].asstr()[:]
         return dict(zip(names, file["documents/bits_per_byte"][:].tolist(), strict=True))
