@@ -18,7 +18,7 @@ from rwkvmpi.errors import UserError
 
 DEFAULT_CHUNK = 1024
 AUTO_CHUNK = 0  # until prepare or plan knows what was measured here
-MIN_CHUNK = 256  # matrix products of fewer rows do not give a row the same bits wherever it stands
+MIN_CHUNK = 256  # smaller ones read all weights from memory for little work
 MAX_CHUNK = 65536
 ROW_ALIGNMENT = 32
 

@@ -70,6 +70,8 @@ template <int K> RWKV_INLINE void sigmoids(vf (&x)[K]) {
   falling_sigmoids(x);
 }
 
+#undef RWKV_EACH
+
 RWKV_INLINE vf exp(vf x) {
   vf one[1] = {x};
   exps(one);

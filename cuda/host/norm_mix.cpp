@@ -1,6 +1,5 @@
-// Layer norm and token shift of the layers: the normalised rows of a chunk mixed with the row before each, the state's
-// shift rows updated in place; and the embedding.
-#include "functions.h"
+// Layer norm; token shift: the normalised rows of a chunk mixed with the row before each, the shift rows of the state
+// updated in place; the embedding.
 #include "parallel.h"
 #include "record.h"
 #include "tensors.h"
@@ -10,7 +9,7 @@ namespace {
 
 constexpr int64_t ROWS_PER_THREAD = 16;  // below this a second thread is not worth its start
 
-constexpr int TOGETHER = 4;          // rows normalised at a time
+constexpr int TOGETHER = 4;  // rows normalised at a time
 
 struct Norm {
   const float *x, *weight, *bias;

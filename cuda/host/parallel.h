@@ -78,8 +78,8 @@ template <class F> void parallel_items(int64_t n, int threads, F f) {
   }
 }
 
-// This thread's scratch memory, at least `count` floats on a cache line; whoever asks next on this thread gets the same.
-// Not on the stack, where the threads of OpenMP may have little room.
+// This thread's scratch memory, at least `count` floats on a cache line; whoever asks next on this thread gets the
+// same. Not on the stack, where the threads of OpenMP may have little room.
 inline float* thread_scratch(int64_t count) {
   struct Memory {
     float* data = nullptr;

@@ -45,8 +45,8 @@ struct Sink {
   // sums: rows `row`.. and outputs 32 * `panel`.., of which the last may be padding
   virtual void take(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float* sums,
                     int64_t stride) const = 0;
-  // Where float sums are wanted as they are, row after row `place_stride` apart, or null: such panels, unless they have
-  // padding, are not taken.
+  // Where the sums are wanted as they are, rows `place_stride` apart, or null. Panels without padding are put there and
+  // not taken. Only for pieces of one panel.
   float* place = nullptr;
   int64_t place_stride = 0;
 };

@@ -13,18 +13,18 @@ namespace rwkv {
 
 namespace {
 
-// Measured on processors with 1 MiB of second-level cache, of which weights should take half.
-constexpr int64_t CACHED_BYTES = 512 << 10;
-constexpr int64_t MOST_PANELS = 16;        // in a block
-constexpr int64_t DEPTH = 512;             // groups of inputs at a time, so that a block has several panels
-constexpr int64_t DEPTH_IN_PLACE = 1536;   // the same when no copies of the rows have to pay off
-constexpr int64_t TILES_IN_DEPTH = 8;      // tiles whose sums wait in the cache for the next part of the inputs
-constexpr int64_t STREAMING_TILES = 2;     // no more: weights are used as they arrive from memory
-constexpr int64_t AHEAD = 8 << 10;         // bytes of weights that are on their way from memory
-constexpr int64_t LINE = 64;             // of a cache, bytes
+// Measured on a processor with 48 KiB and 1 MiB of first and second-level cache.
+constexpr int64_t CACHED_BYTES = 512 << 10;  // weights that stay in the second-level cache
+constexpr int64_t MOST_PANELS = 16;          // in a block
+constexpr int64_t DEPTH = 512;               // groups of inputs at a time, so that a block has several panels
+constexpr int64_t DEPTH_IN_PLACE = 1536;     // the same when no copies of the rows have to pay off
+constexpr int64_t TILES_IN_DEPTH = 8;        // tiles whose sums wait in the cache for the next part of the inputs
+constexpr int64_t STREAMING_TILES = 2;       // no more: weights are used as they arrive from memory
+constexpr int64_t AHEAD = 16 << 10;          // bytes of weights that are on their way from memory
+constexpr int64_t LINE = 64;                 // bytes of a cache line
 
 // An odd number of cache lines for so many words: the rows of a tile do not fall on the same few sets of a cache.
-constexpr int64_t padded_stride(int64_t words) { return (parts_of(words, 16) | 1) * 16; }
+constexpr int64_t padded_stride(int64_t words) { return (parts_of(words, LINE / 4) | 1) * (LINE / 4); }
 
 // Some rows' words: `stride` words from one row to the next.
 struct Words {
@@ -62,11 +62,12 @@ template <class K, class T> class Part {
   void run() const {
     static thread_local Scratch words_scratch, sums_scratch;
     const int64_t filled_stride = padded_stride((streams ? groups : depth) * K::STEPS);
-    int32_t* const filled = words_scratch.get<int32_t>(in_place ? 0 : (streams ? tiles : 1) * tile_rows * filled_stride);
-    float* const sums = sums_scratch.get<float>(waiting * tile_rows * ring * PANEL);
+    const int64_t tile_words = tile_rows * filled_stride, tile_sums = tile_rows * ring * PANEL;
+    int32_t* const filled = words_scratch.get<int32_t>(in_place ? 0 : (streams ? tiles : 1) * tile_words);
+    float* const sums = sums_scratch.get<float>(waiting * tile_sums);
     if (streams && !in_place)
       for (int64_t t = 0; t < tiles; t++)
-        fill(filled + t * tile_rows * filled_stride, filled_stride, rows.part(t, tiles), {0, groups});
+        fill(filled + t * tile_words, filled_stride, rows.part(t, tiles), {0, groups});
 
     for (int64_t p = panels.begin; p < panels.end; p += block)
       for (Turn turn = {0, 0}; turn.tile < tiles; turn = after(turn)) {
@@ -75,11 +76,10 @@ template <class K, class T> class Part {
         if (in_place)
           words = {(const int32_t*)x.row<T>(own.begin) + inputs.begin, x.stride * (int64_t)sizeof(T) / 4};
         else if (streams)
-          words.at += turn.tile * tile_rows * filled_stride + inputs.begin * K::STEPS;
+          words.at += turn.tile * tile_words + inputs.begin * K::STEPS;
         else
           fill(filled, filled_stride, own, inputs);
-        tile_by_panels(turn, words, {p, std::min(p + block, panels.end)},
-                       sums + turn.tile % waiting * tile_rows * ring * PANEL);
+        tile_by_panels(turn, words, {p, std::min(p + block, panels.end)}, sums + turn.tile % waiting * tile_sums);
       }
   }
 
@@ -139,14 +139,17 @@ template <class K, class T> class Part {
   // What comes into the cache while a tile is computed with the first of `panels` panels: weights that are in memory
   // still, each tile its share, or some of the rows that are filled in next.
   Ahead to_fetch(Turn turn, const char* weights, int64_t panels) const {
-    const int64_t bytes = inputs_of(turn).size() * STEP_BYTES, run = RUN * STEP_BYTES;
-    if (streams && tiles > 1) return {weights + bytes + turn.tile * bytes / tiles, run / LINE / tiles, LINE, run / tiles};
-    if (turn.tile == 0) return {weights + AHEAD, run / LINE, LINE, run};
+    const int64_t run = run_of(rows_of(turn).size()), run_bytes = run * STEP_BYTES;
+    if (streams && tiles > 1) {
+      const int64_t bytes = inputs_of(turn).size() * STEP_BYTES;
+      return {weights + bytes + turn.tile * bytes / tiles, run_bytes / LINE / tiles, LINE, run_bytes / tiles};
+    }
+    if (turn.tile == 0) return {weights + AHEAD, run_bytes / LINE, LINE, run_bytes};
     if (in_place) return {weights, 0, LINE, 0};
     const Turn next = after(turn);
     const Range coming = rows.part(next.tile % tiles, tiles);
     return {(const char*)x.row<T>(coming.begin) + inputs_of(next).begin * 4, parts_of(coming.size(), panels),
-            x.stride * (int64_t)sizeof(T), LINE};
+            x.stride * (int64_t)sizeof(T), run * 4};
   }
 
   // Whether the sink's place takes this panel: it has no padding.
@@ -155,17 +158,16 @@ template <class K, class T> class Part {
     return sink.place + some.begin * sink.place_stride + panel * PANEL;
   }
 
-  void finish(Range some, Range pieces, float* sums) const {
-    if constexpr (std::is_same<K, Int8>::value) {
-      for (int64_t p = pieces.begin; p < pieces.end; p++) {
-        float* const from = sums + (p - pieces.begin) * PANEL;
-        const bool placed = is_placed(p);
-        dequantise(from, ring * PANEL, some.size(), row_scales + some.begin, w.scales() + p * PANEL,
-                   w.sums() + p * PANEL, K::OFFSET, placed ? place(some, p) : from, placed ? sink.place_stride : ring * PANEL);
+  void finish(Range some, Range taken, float* sums) const {
+    const bool placed = is_placed(taken.begin);
+    const int64_t stride = ring * PANEL;
+    if constexpr (std::is_same<K, Int8>::value)
+      for (int64_t p = taken.begin; p < taken.end; p++) {
+        float* const from = sums + (p - taken.begin) * PANEL;
+        dequantise(from, stride, some.size(), row_scales + some.begin, w.scales() + p * PANEL, w.sums() + p * PANEL,
+                   K::OFFSET, placed ? place(some, p) : from, placed ? sink.place_stride : stride);
       }
-      if (is_placed(pieces.begin) && is_placed(pieces.end - 1)) return;
-    }
-    sink.take(some.begin, some.size(), pieces.begin, pieces.size(), sums, ring * PANEL);
+    if (!placed) sink.take(some.begin, some.size(), taken.begin, taken.size(), sums, stride);
   }
 };
 

@@ -22,19 +22,22 @@ constexpr int vectors_of(int rows) {
   return vectors;
 }
 
-// What a tile fetches into the cache for those after it: with every RUN groups of inputs `lines` addresses, `gap` bytes
-// apart, from an address that moves on by `step`.
+// What a tile fetches into the cache for those after it: with every run of groups of inputs `lines` addresses, `gap`
+// bytes apart, from an address that moves on by `step`. Runs keep that work, and its registers, out of the innermost
+// loop; one or two rows, which wait for memory all the time, do best with an even flow.
 struct Ahead {
   const char* from;
   int64_t lines, gap, step;
 };
-constexpr int64_t RUN = 16;
+constexpr int64_t run_of(int64_t rows) { return rows <= 2 ? 1 : 8; }  // groups
 
-// sums[i][n] (+)= x[i] w[n] over `groups` groups of inputs, w a panel. Sums are float or int32.
+// sums[i][n] (+)= x[i] w[n] over `groups` groups of inputs, w a panel. Sums are float or int32. `ahead` is a reference:
+// a copy of it on the stack would be read while the stores before the call are still under way.
 template <class K, int ROWS>
 void tile(const int32_t* x, int64_t x_stride, const char* w, int64_t groups, float* sums, int64_t stride, bool go_on,
           const Ahead& ahead) {
   constexpr int V = vectors_of(ROWS);
+  constexpr int64_t RUN_BYTES = run_of(ROWS) * STEP_BYTES;
   for (int64_t part = 0; part < PANEL; part += V * LANES) {
     vi c[ROWS][V];
     const auto place = [&](int i, int v) { return sums + i * stride + part + v * LANES; };
@@ -47,7 +50,7 @@ void tile(const int32_t* x, int64_t x_stride, const char* w, int64_t groups, flo
       if (part == 0)
         for (int64_t i = 0; i < ahead.lines; i++) __builtin_prefetch(fetch + i * ahead.gap);
       fetch += ahead.step;
-      const char* const run_end = end - from < RUN * STEP_BYTES ? end : from + RUN * STEP_BYTES;
+      const char* const run_end = end - from < RUN_BYTES ? end : from + RUN_BYTES;
       for (; from < run_end; from += STEP_BYTES, word += K::STEPS)
         for (int step = 0; step < K::STEPS; step++) {
           vi weights[V];
@@ -70,6 +73,8 @@ template <class K, int... I> Tile tile_of(int64_t rows, std::integer_sequence<in
   return tiles[rows - 1];
 }
 // The tile for so many rows, 1 to MOST_ROWS.
-template <class K> Tile tile_for(int64_t rows) { return tile_of<K>(rows, std::make_integer_sequence<int, MOST_ROWS>{}); }
+template <class K> Tile tile_for(int64_t rows) {
+  return tile_of<K>(rows, std::make_integer_sequence<int, MOST_ROWS>{});
+}
 
 }  // namespace rwkv

@@ -39,7 +39,9 @@ struct Moments {
 template <int ROWS>
 RWKV_INLINE void moments(const float* p, int64_t stride, int64_t n, float eps, Moments (&m)[ROWS]) {
   float sums[ROWS];
-  row_sums(n, sums, [&](int row, int64_t i, int64_t left) RWKV_INLINE_LAMBDA { return load(p + row * stride + i, left); });
+  row_sums(n, sums, [&](int row, int64_t i, int64_t left) RWKV_INLINE_LAMBDA {
+    return load(p + row * stride + i, left);
+  });
   for (int row = 0; row < ROWS; row++) m[row].mean = sums[row] / (float)n;
   row_sums(n, sums, [&](int row, int64_t i, int64_t left) RWKV_INLINE_LAMBDA {
     const vf d = first_lanes(load(p + row * stride + i, left) - splat(m[row].mean), left);

@@ -88,10 +88,10 @@ RWKV_INLINE void block_moments(const float* y, int64_t stride, int64_t count, in
   const int64_t n = N ? N : head_size;
   const vf size = splat((float)n);
   for (int64_t t = 0; t < count; t++)
-    m.mean[t] = row_sum(n, [&](int64_t i, int64_t left) { return load(y + t * stride + i, left); });
+    m.mean[t] = row_sum(n, [&](int64_t i, int64_t left) RWKV_INLINE_LAMBDA { return load(y + t * stride + i, left); });
   for (int64_t t = 0; t < count; t += LANES) store(m.mean + t, load(m.mean + t) / size);
   for (int64_t t = 0; t < count; t++)
-    m.inverse[t] = row_sum(n, [&](int64_t i, int64_t left) {
+    m.inverse[t] = row_sum(n, [&](int64_t i, int64_t left) RWKV_INLINE_LAMBDA {
       const vf d = first_lanes(load(y + t * stride + i, left) - splat(m.mean[t]), left);
       return d * d;
     });
@@ -100,7 +100,8 @@ RWKV_INLINE void block_moments(const float* y, int64_t stride, int64_t count, in
 }
 
 // item.run<VECS, N>(segment, head) for all of them, compiled for the usual head sizes.
-template <class Item> void run_heads(const Item& item, const Segments& segments, int64_t heads, int64_t n, int threads) {
+template <class Item>
+void run_heads(const Item& item, const Segments& segments, int64_t heads, int64_t n, int threads) {
   const auto all = [&](auto run) {
     parallel_items(segments.count * heads, threads, [&](int64_t i) { run(i / heads, i % heads); });
   };

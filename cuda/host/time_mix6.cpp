@@ -34,13 +34,13 @@ struct TimeMix6 {
     if (!w_lin) return;
     each_group<N>(size, count, [&](auto& x, int64_t t, int64_t i) RWKV_INLINE_LAMBDA {
       load_group(x, s.row(t, W) + i);
-      for (auto& register_ : x) register_ = smaller(splat(88.0f), register_);  // the decay is 0 long before
+      for (vf& sum : x) sum = smaller(splat(88.0f), sum);  // the decay is 0 long before
       bounded_exps(x);
       store_group(s.row(t, W) + i, x);
     });
     each_group<N>(size, count, [&](auto& x, int64_t t, int64_t i) RWKV_INLINE_LAMBDA {
       load_group(x, s.row(t, W) + i);
-      for (auto& register_ : x) register_ = -register_;
+      for (vf& rate : x) rate = -rate;
       bounded_exps(x);
       store_group(s.row(t, W) + i, x);
     });
@@ -60,7 +60,8 @@ struct TimeMix6 {
       }
       for (int c = 0; c < SIDE_BY_SIDE<N>; c++) {
         const int64_t j = c * LANES;
-        vf y = normalised(load(s.row(t, Y) + i + j), m.of(t), load(weight + p + i + j, left), load(bias + p + i + j, left));
+        const int64_t l = p + i + j;
+        vf y = normalised(load(s.row(t, Y) + i + j), m.of(t), load(weight + l, left), load(bias + l, left));
         if (gate) y = y * (load(gate + o + j, left) * x[c]);
         h(o + j, y, left);
       }

@@ -24,7 +24,7 @@ struct TimeMix7 {
     const int64_t size = N ? N : n, stride = heads * size;
     alignas(64) float inverse[TOKENS] = {};
     for (int64_t t = 0; t < count; t++)
-      inverse[t] = row_sum(size, [&](int64_t i, int64_t left) {
+      inverse[t] = row_sum(size, [&](int64_t i, int64_t left) RWKV_INLINE_LAMBDA {
         const vf kk = load(k + at + t * stride + i, left) * load(k_k + p + i, left);
         return kk * kk;
       });
@@ -33,7 +33,7 @@ struct TimeMix7 {
       const vf length = sqrt(load(inverse + t));
       store(inverse + t, one / (length < least ? least : length));  // NaN stays
     }
-    // One pass for each function: in a longer one the processor would not see far enough ahead to fill the waiting times.
+    // One pass for each function: in a longer one the processor does not see far enough ahead to fill waiting times.
     constexpr int K = SIDE_BY_SIDE<N>;
     each_group<N>(size, count, [&](auto& x, int64_t t, int64_t i) RWKV_INLINE_LAMBDA {
       load_sums(x, w0 + p + i, w_lin + at + t * stride + i, N ? LANES : size - i);
@@ -88,7 +88,7 @@ struct TimeMix7 {
     BlockMoments m;
     block_moments<N>(s.row(0, Y), s.stride(), count, size, eps, m);
     for (int64_t t = 0; t < count; t++)
-      each_register<N>(size, [&](int64_t i, int64_t left) {
+      each_register<N>(size, [&](int64_t i, int64_t left) RWKV_INLINE_LAMBDA {
         const int64_t o = at + t * stride + i, c = p + i;
         const vf normal = normalised(load(s.row(t, Y) + i), m.of(t), load(weight + c, left), load(bias + c, left));
         h(o, fma(splat(bonus[t]), load(s.row(t, V) + i), normal) * load(g + o, left), left);
@@ -128,14 +128,16 @@ struct TimeMix7 {
 //   k' = k (1 + (a-1) k_a),  v' = v + (v_first - v) sigmoid(v0 + v_lin),  y = WKV-7(r, w, k', v', -kk, kk*a),
 //   h = (groupnorm(y) + (sum over head of r k' r_k) v') * g
 // state: [segments, heads, n(value), n(key)], updated in place; rows: [segments, 2].
-RWKV_API void rwkvmpi_v7_time_mix(const float* r, const float* k, const float* v, const float* w_lin, const float* a_lin,
-                                  const float* v_lin, const float* g, const float* v_first, const float* w0,
-                                  const float* a0, const float* v0, const float* k_k, const float* k_a, const float* r_k,
-                                  const float* weight, const float* bias, float* state, const int32_t* rows, void* h,
-                                  int h_bf16, float* v_out, int64_t tokens, int64_t heads, int64_t n, int64_t segments,
-                                  float eps, int threads) {
-  const rwkv::TimeMix7 x = {heads, n,  {rows, segments}, r,   k,   v,   w_lin,  a_lin, v_lin, g,           v_first, w0,
-                            a0,    v0, k_k,              k_a, r_k, weight, bias,  state, {h, h_bf16}, v_out,   eps};
+RWKV_API void rwkvmpi_v7_time_mix(const float* r, const float* k, const float* v, const float* w_lin,
+                                  const float* a_lin, const float* v_lin, const float* g, const float* v_first,
+                                  const float* w0, const float* a0, const float* v0, const float* k_k,
+                                  const float* k_a, const float* r_k, const float* weight, const float* bias,
+                                  float* state, const int32_t* rows, void* h, int h_bf16, float* v_out, int64_t tokens,
+                                  int64_t heads, int64_t n, int64_t segments, float eps, int threads) {
+  const rwkv::TimeMix7 x = {heads, n,  {rows, segments},
+                            r,     k,  v,   w_lin, a_lin, v_lin,  g,    v_first,
+                            w0,    a0, v0,  k_k,   k_a,   r_k,    weight, bias,
+                            state, {h, h_bf16}, v_out, eps};
   rwkv::clear_gaps(x.segments, tokens, heads * n, x.h);
   if (!v_first) rwkv::clear_gaps(x.segments, tokens, heads * n, v_out);
   rwkv::run_heads(x, x.segments, heads, n, threads);

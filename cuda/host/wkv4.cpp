@@ -94,14 +94,13 @@ void run(const Wkv4& x, int64_t tokens, int threads) {
   clear_gaps(x.segments, tokens, x.channels, x.y);
   constexpr int64_t width = VECS * LANES;
   const int64_t blocks = (x.channels + width - 1) / width;
-  parallel_items(x.segments.count * blocks, threads,
-                 [&](int64_t item) {
-                   const int64_t channel = item % blocks * width;
-                   if (channel + width <= x.channels)
-                     run_block<true>(x, item / blocks, channel);
-                   else
-                     run_block<false>(x, item / blocks, channel);
-                 });
+  parallel_items(x.segments.count * blocks, threads, [&](int64_t item) {
+    const int64_t channel = item % blocks * width;
+    if (channel + width <= x.channels)
+      run_block<true>(x, item / blocks, channel);
+    else
+      run_block<false>(x, item / blocks, channel);
+  });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // WKV-6 and WKV-5 by themselves: the public operators. The layers use v6_time_mix and v5_time_mix.
 #include <initializer_list>
 
+#include "tensors.h"
 #include "wkv_tokens.h"
 
 namespace rwkv {
@@ -24,7 +25,9 @@ template <int VECS, int N> void run_block(const Wkv6& x, int64_t segment, int64_
   const float* u = x.u + head * n;
   const auto bonus = [&](int64_t t) {
     const float *r = rows.r + t * stride, *k = rows.k + t * stride;
-    return row_sum(n, [&](int64_t j, int64_t left) { return load(u + j, left) * load(k + j, left) * load(r + j, left); });
+    return row_sum(n, [&](int64_t j, int64_t left) RWKV_INLINE_LAMBDA {
+      return load(u + j, left) * load(k + j, left) * load(r + j, left);
+    });
   };
   wkv6_tokens<VECS, N>(rows, x.segments.length(segment), n, value, x.y + at, stride, block, bonus, [&](int64_t t) {
     const int64_t ahead = (t + PREFETCH_TOKENS) * stride;
@@ -60,9 +63,7 @@ RWKV_API void rwkvmpi_wkv6(const float* r, const float* w, const float* k, const
                            int64_t heads, int64_t n, int64_t segments, int static_decay, int threads) {
   const int64_t decay_stride = static_decay ? 0 : heads * n;
   const rwkv::Wkv6 x = {heads, n, decay_stride, {rows, segments}, r, w, k, v, u, state, y, state_out};
-  x.segments.gaps(tokens, [&](int64_t begin, int64_t end) {
-    std::memset(y + begin * heads * n, 0, (end - begin) * heads * n * sizeof(float));
-  });
+  rwkv::clear_gaps(x.segments, tokens, heads * n, y);
   if (n == 64) return rwkv::dispatch<64>(x, threads);
   if (n == 32) return rwkv::dispatch<32>(x, threads);
   rwkv::dispatch<0>(x, threads);

@@ -1,6 +1,7 @@
 // WKV-7 by itself, for several documents' segments of one chunk: the public operator. The layers use v7_time_mix.
 #include <initializer_list>
 
+#include "tensors.h"
 #include "wkv_tokens.h"
 
 namespace rwkv {
@@ -50,13 +51,11 @@ template <int N> void dispatch(const Wkv7& x, int threads) {
 
 // r, w, k, v, a, b, y: [tokens, heads, n]; state, state_out: [segments, heads, n(value), n(key)]; rows: [segments,
 // 2].
-RWKV_API void rwkvmpi_wkv7(const float* r, const float* w, const float* k, const float* v, const float* a, const float* b,
-                           const float* state, const int32_t* rows, float* y, float* state_out, int64_t tokens,
-                           int64_t heads, int64_t n, int64_t segments, int threads) {
+RWKV_API void rwkvmpi_wkv7(const float* r, const float* w, const float* k, const float* v, const float* a,
+                           const float* b, const float* state, const int32_t* rows, float* y, float* state_out,
+                           int64_t tokens, int64_t heads, int64_t n, int64_t segments, int threads) {
   const rwkv::Wkv7 x = {heads, n, {rows, segments}, {r, w, k, v, a, b, 0}, state, y, state_out};
-  x.segments.gaps(tokens, [&](int64_t begin, int64_t end) {
-    std::memset(y + begin * heads * n, 0, (end - begin) * heads * n * sizeof(float));
-  });
+  rwkv::clear_gaps(x.segments, tokens, heads * n, y);
   if (n == 64) return rwkv::dispatch<64>(x, threads);
   if (n == 32) return rwkv::dispatch<32>(x, threads);
   rwkv::dispatch<0>(x, threads);

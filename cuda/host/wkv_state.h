@@ -48,8 +48,8 @@ template <int VECS> RWKV_INLINE void store_values(float* p, const vf (&x)[VECS],
     if (values > c * LANES) store(p + c * LANES, x[c], values - c * LANES);
 }
 
-// How many tokens ahead: the rows of a head lie a whole token apart, too far for the processor's own look-ahead (measured:
-// 30% of the time).
+// How many tokens ahead: the rows of a head lie a whole token apart, too far for the processor's own look-ahead
+// (measured: 30% of the time).
 constexpr int PREFETCH_TOKENS = 2;
 
 // Registers per value block for operators that may split a head over threads: fewer when that leaves threads idle.

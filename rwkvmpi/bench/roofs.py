@@ -68,7 +68,7 @@ def memory_bandwidth(threads: int, effort: Effort = ROOF_EFFORT) -> float:
 
 def cold_bytes(threads: int = 1) -> int:
     """So many bytes, read in turn, find nothing of themselves in a cache."""
-    return min(max(LEAST_COLD, 4 * last_cache_bytes() * threads), MOST_COLD)
+    return min(max(LEAST_COLD, 16 * last_cache_bytes()), MOST_COLD)
 
 
 def last_cache_bytes() -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP_NORM_EPS = 64e-5
 # A layer reads a chunk in blocks of so many rows, so that what it computes in between stays in the processor's caches.
 # No row's bits depend on it.
-BLOCK_ROWS = 512
+BLOCK_ROWS = 1024
 
 
 @dataclass(slots=True)
