@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "product.h"
 #include "product_scratch.h"
+#include "tensors.h"
 
 using namespace rwkv;
 
@@ -14,12 +15,6 @@ namespace {
 
 constexpr int64_t BLOCK_PANELS = 16, BLOCK = BLOCK_PANELS * PANEL;
 constexpr int64_t ROWS_PER_THREAD = 16;
-
-RWKV_INLINE vf first_lanes(vf x, int64_t n) {
-  if (__builtin_expect(n >= LANES, 1)) return x;
-  for (int64_t i = n; i < LANES; i++) x[i] = 0.0f;
-  return x;
-}
 
 // Of a row's logits in one block: e^maximum * sum is the sum of their exponentials.
 struct Partial {
@@ -39,7 +34,7 @@ RWKV_INLINE Partial partial(const float* logits, int64_t n) {
           })};
 }
 
-struct LogProbabilities final : rwkv::Sink {
+struct LogProbabilities final : Receiver {
   int64_t vocabulary, blocks;
   const int64_t *index, *targets;  // row t of the product belongs to targets[index[t]]
   Partial* partials;               // [rows, blocks]
@@ -87,15 +82,15 @@ RWKV_API void rwkvmpi_head_logprobs(int kind, const void* x, int64_t x_stride, i
     if (targets[t] >= 0) index[count++] = t;
   }
   if (!count) return;
-  LogProbabilities sink;
-  sink.vocabulary = outputs;
-  sink.blocks = (outputs + BLOCK - 1) / BLOCK;
-  sink.index = index;
-  sink.targets = targets;
-  sink.partials = partials_scratch.get<Partial>(count * sink.blocks);
-  sink.target_logits = logits_scratch.get<float>(count);
-  multiply({x, x_stride, count, index}, {kind, outputs, inputs, (const char*)data}, sink, BLOCK_PANELS, threads);
+  LogProbabilities receiver;
+  receiver.vocabulary = outputs;
+  receiver.blocks = (outputs + BLOCK - 1) / BLOCK;
+  receiver.index = index;
+  receiver.targets = targets;
+  receiver.partials = partials_scratch.get<Partial>(count * receiver.blocks);
+  receiver.target_logits = logits_scratch.get<float>(count);
+  multiply({x, x_stride, count, index}, {kind, outputs, inputs, (const char*)data}, receiver, BLOCK_PANELS, threads);
   parallel_ranges(count, ROWS_PER_THREAD, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) out[index[t]] = sink.put_together(t);
+    for (int64_t t = begin; t < end; t++) out[index[t]] = receiver.put_together(t);
   });
 }

@@ -10,7 +10,7 @@ namespace {
 
 enum Op { NONE, TANH, SIGMOID, RELU_SQUARED, ADD, GATED_ADD, MIX };
 
-struct Epilogue final : Sink {
+struct Epilogue final : Receiver {
   int64_t outputs;
   int op, out_bf16;
   void* out;

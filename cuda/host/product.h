@@ -6,7 +6,8 @@
 // each row.
 //
 // Every output element is one chain of additions over K in order (bfloat16: in a pair the odd element first, then the
-// even one, as vdpbf16ps adds them), so its bits depend neither on the tile, nor on the number of rows, nor on threads.
+// even one, as vdpbf16ps adds them; AMX: see product_amx.h), so its bits depend neither on the tile, nor on the number
+// of rows, nor on threads.
 #pragma once
 #include <cstdint>
 
@@ -41,7 +42,7 @@ struct Activations {
 };
 
 // Takes finished pieces of the product while they are in the first-level cache; called by several threads at once.
-struct Sink {
+struct Receiver {
   // sums: rows `row`.. and outputs 32 * `panel`.., of which the last may be padding
   virtual void take(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float* sums,
                     int64_t stride) const = 0;
@@ -51,7 +52,7 @@ struct Sink {
   int64_t place_stride = 0;
 };
 
-// x times w transposed, given to `sink` in pieces of `piece` panels, the first panel of each being a multiple of it.
-void multiply(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int threads);
+// x times w transposed, given to `receiver` in pieces of `piece` panels, the first panel of each being a multiple of it.
+void multiply(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece, int threads);
 
 }  // namespace rwkv

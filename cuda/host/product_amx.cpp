@@ -40,8 +40,8 @@ template <class K> struct TilePart {
   const TileRows& x;
   const PackedWeights& w;
   const float* row_scales;  // int8
-  const Sink& sink;
-  int64_t piece;  // panels that the sink takes
+  const Receiver& receiver;
+  int64_t piece;  // panels that the receiver takes
 
   void run(Range rows, Range panels) const {
     if (rows.size() <= 0 || panels.size() <= 0) return;
@@ -90,14 +90,15 @@ template <class K> struct TilePart {
         dequantise(at, stride, rows.size(), row_scales + rows.begin, w.scales() + q * PANEL, w.sums() + q * PANEL, 0,
                    at, stride);
       }
-      sink.take(rows.begin, rows.size(), p, count, sums, stride);
+      receiver.take(rows.begin, rows.size(), p, count, sums, stride);
     }
   }
 };
 
 }  // namespace
 
-void multiply_on_tiles(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int threads) {
+void multiply_on_tiles(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece,
+                       int threads) {
   static thread_local Scratch rows_scratch, scales_scratch;
   const bool in_place = lie_well(x, w);
   const int64_t stride = in_place ? x.stride * (int64_t)sizeof(bf16) : padded_stride(w.groups());
@@ -122,9 +123,9 @@ void multiply_on_tiles(const Activations& x, const PackedWeights& w, const Sink&
                    [&](Range some, Range panels) { part.run(some, panels); });
   };
   if (w.kind == INT8)
-    in_parts(TilePart<OnTilesInt8>{rows, w, scales, sink, piece});
+    in_parts(TilePart<OnTilesInt8>{rows, w, scales, receiver, piece});
   else
-    in_parts(TilePart<OnTilesBFloat16>{rows, w, nullptr, sink, piece});
+    in_parts(TilePart<OnTilesBFloat16>{rows, w, nullptr, receiver, piece});
 }
 
 }  // namespace rwkv

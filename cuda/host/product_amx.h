@@ -14,7 +14,8 @@
 namespace rwkv {
 
 // `multiply` (product.h) for the kinds BFLOAT16 and INT8.
-void multiply_on_tiles(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int threads);
+void multiply_on_tiles(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece,
+                       int threads);
 
 }  // namespace rwkv
 #endif

@@ -36,8 +36,8 @@ struct Words {
 template <class K, class T> class Part {
   const Activations& x;  // of T: the rows as K::fill takes them
   const PackedWeights& w;
-  const Sink& sink;
-  const int64_t piece;         // panels that the sink takes
+  const Receiver& receiver;
+  const int64_t piece;         // panels that the receiver takes
   const int64_t row_elements;  // of T, that K::fill takes
   const float* row_scales;     // int8
   const Range rows, panels;
@@ -54,9 +54,9 @@ template <class K, class T> class Part {
   const int64_t ring = depths > 1 ? block : piece;
 
  public:
-  Part(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int64_t row_elements,
+  Part(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece, int64_t row_elements,
        const float* row_scales, Range rows, Range panels)
-      : x(x), w(w), sink(sink), piece(piece), row_elements(row_elements), row_scales(row_scales), rows(rows),
+      : x(x), w(w), receiver(receiver), piece(piece), row_elements(row_elements), row_scales(row_scales), rows(rows),
         panels(panels) {}
 
   void run() const {
@@ -123,7 +123,7 @@ template <class K, class T> class Part {
     for (int64_t p = some.begin; p < some.end; p++, ahead.from += ahead_step) {
       const char* const weights = w.panel(p) + inputs.begin * STEP_BYTES;
       if (!std::is_same<K, Int8>::value && is_placed(p)) {
-        tile(words.at, words.stride, weights, inputs.size(), place(own, p), sink.place_stride, goes_on, ahead);
+        tile(words.at, words.stride, weights, inputs.size(), place(own, p), receiver.place_stride, goes_on, ahead);
         begin = p + 1;
         continue;
       }
@@ -152,10 +152,10 @@ template <class K, class T> class Part {
             x.stride * (int64_t)sizeof(T), run * 4};
   }
 
-  // Whether the sink's place takes this panel: it has no padding.
-  bool is_placed(int64_t panel) const { return sink.place && (panel + 1) * PANEL <= w.outputs; }
+  // Whether the receiver's place takes this panel: it has no padding.
+  bool is_placed(int64_t panel) const { return receiver.place && (panel + 1) * PANEL <= w.outputs; }
   float* place(Range some, int64_t panel) const {
-    return sink.place + some.begin * sink.place_stride + panel * PANEL;
+    return receiver.place + some.begin * receiver.place_stride + panel * PANEL;
   }
 
   void finish(Range some, Range taken, float* sums) const {
@@ -165,17 +165,17 @@ template <class K, class T> class Part {
       for (int64_t p = taken.begin; p < taken.end; p++) {
         float* const from = sums + (p - taken.begin) * PANEL;
         dequantise(from, stride, some.size(), row_scales + some.begin, w.scales() + p * PANEL, w.sums() + p * PANEL,
-                   K::OFFSET, placed ? place(some, p) : from, placed ? sink.place_stride : stride);
+                   K::OFFSET, placed ? place(some, p) : from, placed ? receiver.place_stride : stride);
       }
-    if (!placed) sink.take(some.begin, some.size(), taken.begin, taken.size(), sums, stride);
+    if (!placed) receiver.take(some.begin, some.size(), taken.begin, taken.size(), sums, stride);
   }
 };
 
 }  // namespace
 
-void multiply(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int threads) {
+void multiply(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece, int threads) {
 #if defined(RWKV_AMX)
-  if (w.kind != FLOAT32) return multiply_on_tiles(x, w, sink, piece, threads);
+  if (w.kind != FLOAT32) return multiply_on_tiles(x, w, receiver, piece, threads);
 #endif
   if (!x.count || !w.outputs) return;
   const auto nothing = [](int, int) {};
@@ -186,11 +186,11 @@ void multiply(const Activations& x, const PackedWeights& w, const Sink& sink, in
   };
   if (w.kind == FLOAT32)
     return in_parts(nothing, [&](Range rows, Range panels) {
-      Part<Float32, float>(x, w, sink, piece, w.inputs, nullptr, rows, panels).run();
+      Part<Float32, float>(x, w, receiver, piece, w.inputs, nullptr, rows, panels).run();
     });
   if (w.kind == BFLOAT16)
     return in_parts(nothing, [&](Range rows, Range panels) {
-      Part<BFloat16, bf16>(x, w, sink, piece, w.inputs, nullptr, rows, panels).run();
+      Part<BFloat16, bf16>(x, w, receiver, piece, w.inputs, nullptr, rows, panels).run();
     });
 
   static thread_local Scratch quantised_scratch, scales_scratch;
@@ -205,7 +205,7 @@ void multiply(const Activations& x, const PackedWeights& w, const Sink& sink, in
           scales[t] = quantise(x.row<bf16>(t), w.inputs, Int8::OFFSET, (int8_t*)(quantised + t * stride));
       },
       [&](Range rows, Range panels) {
-        Part<Int8, int32_t>(q, w, sink, piece, w.groups(), scales, rows, panels).run();
+        Part<Int8, int32_t>(q, w, receiver, piece, w.groups(), scales, rows, panels).run();
       });
 }
 

@@ -15,8 +15,6 @@ from rwkvmpi.models.model import KINDS, Stage, load_model
 from rwkvmpi.models.random_weights import random_weights, write_model, write_pth
 from rwkvmpi.models.state import LayerState, ModelState
 
-# bfloat16 has 8 bits of precision; errors of weights, inputs and layers add up. Measured: below 0.02 for every case.
-BFLOAT16_BOUND = 0.05
 RANKS = {"7": ("w", "a", "v", "g"), "6": ("maa", "decay")}
 
 
@@ -51,16 +49,6 @@ def test_short_calls_and_single_steps(version: str, count: int) -> None:
     last, _ = model(case).forward(ids[count + 1 :], after)
     assert difference(torch.cat([start, step, last]), truth) <= TOLERANCE
     assert all(torch.equal(a, b.wkv) for a, b in zip(kept, state.layers, strict=True)), "the argument was changed"
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_bfloat16_within_its_bound(case: Case) -> None:
-    ids = tokens(case, 64)
-    truth, _ = Oracle(weights(case)).read(ids)
-    logits, state = model(case, "bfloat16").forward(ids)
-    assert logits.dtype == torch.float32
-    assert all(layer.wkv.dtype == layer.shift.dtype == torch.float32 for layer in state.layers)
-    assert TOLERANCE < difference(logits, truth) <= BFLOAT16_BOUND
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -23,8 +23,8 @@ char memory[4096];
 }  // namespace
 
 // Every product of this library is one on tiles.
-void rwkv::multiply(const Activations& x, const PackedWeights& w, const Sink& sink, int64_t piece, int threads) {
-  multiply_on_tiles(x, w, sink, piece, threads);
+void rwkv::multiply(const Activations& x, const PackedWeights& w, const Receiver& receiver, int64_t piece, int threads) {
+  multiply_on_tiles(x, w, receiver, piece, threads);
 }
 
 // Uses the unit wrongly; each number is another mistake.
