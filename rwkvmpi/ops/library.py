@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -131,17 +131,17 @@ def bind(name: str, signature: str, result: type | None = None) -> Callable[...,
     """
     types = [_TYPES[letter] for letter in signature]
 
-    @functools.cache
-    def function(variant: str) -> Callable[..., int]:
-        pointer = getattr(open_variant(variant), f"rwkvmpi_{name}")
-        pointer.argtypes = types
-        pointer.restype = result
-        return pointer
+    build, pointer = "", cast(Callable[..., int], None)
 
     def call(*arguments: object) -> int:
+        nonlocal build, pointer
         if _recording is not None:
             _recording.append(Call(name, signature, arguments))
-        return function(current())(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+        if build != current():
+            build = current()
+            pointer = getattr(open_variant(build), f"rwkvmpi_{name}")
+            pointer.argtypes, pointer.restype = types, result  # type: ignore[attr-defined]
+        return pointer(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
 
     return call
 
