@@ -14,6 +14,14 @@ from rwkvmpi.cluster.signals import StopRequest, parse_duration
 from rwkvmpi.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def interrupts_as_on_a_terminal() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def stop(tmp_path: Path) -> Iterator[StopRequest]:
     request = StopRequest(tmp_path, environ={}).install()
