@@ -89,7 +89,9 @@ def _summary(preparation: Preparation, outcome: Outcome, failed: int, logger: lo
     say("speed        %s tokens/s over %s, %d commits", quantity(rate), duration(outcome.seconds), outcome.commits)
     say("waits        %s", _longest_waits(outcome))
     peak = max(farewell["peak_bytes"] for farewell in outcome.farewells.values())
-    say("memory       %s MB in the largest rank", f"{peak / 1e6:,.0f}")
+    on_gpu = max(farewell["device_bytes"] for farewell in outcome.farewells.values())
+    beside = f", {on_gpu / 1e6:,.0f} MB of its GPU" if on_gpu else ""
+    say("memory       %s MB in the largest rank%s", f"{peak / 1e6:,.0f}", beside)
     say("results      %s", path)
     say("open them    python -c \"import h5py; print(h5py.File('%s')['documents/bits_per_byte'][:])\"", path)
     say("             rwkvmpi export %s --to jsonl", preparation.run.path)

@@ -7,6 +7,7 @@ import ctypes
 import platform
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from rwkvmpi.cluster import logs, pinning, shared_weights
+from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.cluster.signals import StopRequest
 from rwkvmpi.config import Job, parse_commit_every
 from rwkvmpi.corpus.feeder import Feeder
@@ -28,7 +30,9 @@ from rwkvmpi.grid.wavefront import Wavefront
 from rwkvmpi.grid.wiring import relay_on_ring, sender_below, slot_senders, supply_from_neighbour
 from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import open_checkpoint
+from rwkvmpi.models.device import open_device
 from rwkvmpi.models.model import Stage
+from rwkvmpi.models.weight_store import WeightStore
 from rwkvmpi.ops import library
 from rwkvmpi.prepare import Preparation
 from rwkvmpi.store.progress import SavedStates
@@ -66,6 +70,7 @@ class Engine:
         self._stop_told = False
         torch.set_num_threads(job.run.threads)
         self._pinned = pinning.settle(comm, job.run.threads)
+        self._device = open_device(job.model.device, launch_facts().local_rank)
         self._check_processors()
         place = grid.place(self._rank)
         with open_checkpoint(job.model.path) as checkpoint:
@@ -73,15 +78,14 @@ class Engine:
             self._task = task = make_task(job.task.name, job.task.window, shape.n_embd)
             head_cost = cost.head_cost(shape) if task.needs_head else 0.0
             bounds = split_layers(shape.n_layer, grid.stages, cost.layer_cost(shape), head_cost)
-            self._stage = stage = shared_weights.build(
-                comm,
-                place.stage,
-                lambda store: Stage(checkpoint, *bounds[place.stage], job.model.dtype, job.model.device, store),
+            layers = bounds[place.stage]
+            self._stage = stage = self._load(
+                lambda store: Stage(checkpoint, *layers, job.model.dtype, self._device, store), place.stage
             )
         self._flops_per_token = cost.layer_cost(shape) * len(stage.layers) + (head_cost if stage.last else 0.0)
 
         self._control = control = Control(comm)
-        transport = MpiTransport(comm.Dup(), control.poll) if comm is not None else None
+        transport = MpiTransport(comm.Dup(), control.poll, self._device.pin) if comm is not None else None
         self._coordinator = self._make_coordinator(folder, preparation) if preparation is not None else None
         self._source = (
             self._make_source(transport, shape.vocab_size, folder) if place.stage == place.slot == 0 else None
@@ -98,7 +102,7 @@ class Engine:
             stage,
             task,
             supply,
-            relay_on_ring(grid, self._rank, transport, sizes),
+            relay_on_ring(grid, self._rank, transport, sizes, stage),
             sender_below(grid, self._rank, transport, job.model.chunk, stage),
             self._ledger,
             SavedStates.from_json(shared["saved"]) if shared["saved"] is not None else None,
@@ -109,11 +113,11 @@ class Engine:
             name_of=self._name_of,
         )
         self._told_at = 0.0
-        control.on_poll.append(self._tick)
+        control.on_poll += [self._wavefront.serve, self._tick]
 
     def run(self) -> Outcome | None:
         """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
-        with self._progress_bar(), self._pinned:
+        with self._progress_bar(), self._pinned, self._device.explaining():
             self._wavefront.run()
             self._farewell()
             if self._coordinator is not None:
@@ -134,16 +138,30 @@ class Engine:
             self._coordinator.farewells,
         )
 
+    def _load(self, make: Callable[[WeightStore | None], Stage], part: int) -> Stage:
+        """The stage; on a CPU its weights are shared with the node's ranks that hold the same `part`."""
+        if self._device.kind == "cpu":
+            return shared_weights.build(self._comm, part, make)
+        with self._device.explaining():
+            return make(None)
+
     def _check_processors(self) -> None:
         """Ranks that round differently would break the promise that the layout does not show in the bits."""
         if self._comm is None:
             return
-        builds = self._comm.allgather((library.current(), platform.node()))
-        if len({build for build, _ in builds}) > 1:
-            found = ", ".join(f"{build} on {node}" for build, node in sorted(set(builds)))
+        found = self._comm.allgather((library.current(), self._device.model, platform.node()))
+        if len({device for _, device, _ in found}) > 1:
+            kinds = ", ".join(f"{device} on {node}" for device, node in sorted({(d, n) for _, d, n in found}))
+            raise UserError(
+                f"the ranks compute on different kinds of GPUs ({kinds}), whose results differ in the last bits; start "
+                "the job on nodes of one kind"
+            )
+        builds = sorted({(build, node) for build, _, node in found})
+        if self._device.kind == "cpu" and len({build for build, _ in builds}) > 1:
+            shown = ", ".join(f"{build} on {node}" for build, node in builds)
             slowest = min((build for build, _ in builds), key=library.VARIANTS.index)
             raise UserError(
-                f"the ranks' processors run different builds of the operators ({found}), whose results differ in the "
+                f"the ranks' processors run different builds of the operators ({shown}), whose results differ in the "
                 f"last bits; start the job on nodes of one kind, or with RWKVMPI_ISA={slowest} in its environment"
             )
 
@@ -162,13 +180,15 @@ class Engine:
             "farewell",
             host=platform.node(),
             threads=torch.get_num_threads(),
-            device=self._job.model.device,
-            busy_s=counters.busy_s,
+            device=self._device.name if self._device.at_once else f"{self._device.name} {self._device.model}",
+            # Calls return early on a GPU: there, what is not waiting is work.
+            busy_s=counters.busy_s if self._device.at_once else counters.reading_s - sum(waits.values()),
             reading_s=counters.reading_s,
             warm_up_tokens=counters.warm_up_tokens,
             tokens=counters.chunks * self._job.model.chunk,
             flops=counters.chunks * self._job.model.chunk * self._flops_per_token,
             waits=waits,
+            device_bytes=self._device.peak_bytes(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 

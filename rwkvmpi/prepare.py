@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from rwkvmpi import __version__
+from rwkvmpi.cluster import gpu
 from rwkvmpi.cluster.logs import LOGGER
 from rwkvmpi.config import AUTO_CHUNK, Job, explain
 from rwkvmpi.corpus.index import CorpusIndex, build_index, compare_fingerprints, order
@@ -162,15 +163,15 @@ def show_plan(examined: Examined, folder: Path, world: int, threads: int, memory
 def resolve(job: Job) -> None:
     """Put what `auto` stands for in its place: the results depend on it, so the job says it."""
     if job.model.device == "auto":
-        job.model.device = "cpu"
+        job.model.device = "cuda" if gpu.usable() else "cpu"
+    elif job.model.device == "cuda":
+        gpu.require()
     if job.model.dtype == "auto":
         job.model.dtype = "float32" if job.model.device == "cpu" else "bfloat16"
     if job.grid.transport == "auto":
         job.grid.transport = "mpi"
-    if job.model.device == "cuda":
-        raise UserError("--device cuda: this version computes on CPUs only; leave the option out, or say cpu")
-    if job.model.dtype == "float16":
-        raise UserError("--dtype float16: this needs a GPU; on a CPU use float32, bfloat16 or int8")
+    if why := cost.refusal(job.model.device, job.model.dtype):
+        raise UserError(why)
     if job.grid.transport == "verbs":
         raise UserError("--transport verbs: this version has the transport mpi only; leave the option out")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rwkvmpi.cluster import affinity, logs, mpi
+from rwkvmpi.cluster import affinity, gpu, logs, mpi
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.config import Job
 
@@ -52,8 +52,8 @@ def _prepare(
     """Rank 0's first part: a Preparation, or the exit code when there is nothing to compute."""
     from rwkvmpi.prepare import Finished, examine, prepare, show_plan
 
-    memory = _memory_per_rank()
     examined = examine(job, folder, threads, force)
+    memory = _memory_per_rank(job.model.device)
     if dry_run:
         show_plan(examined, folder, world, threads, memory, force)
         return EXIT_DONE
@@ -100,8 +100,11 @@ def _close(comm: Any, preparation: Any, outcome: Any, logger: logging.Logger) ->
     return code
 
 
-def _memory_per_rank() -> float:
+def _memory_per_rank(device: str) -> float:
     """Bytes of memory that a rank of this node may fill with weights."""
+    ranks = max(1, launch_facts().local_size)
+    if device == "cuda":
+        return gpu.memory_per_rank(ranks)
     import psutil
 
-    return 0.8 * psutil.virtual_memory().available / max(1, launch_facts().local_size)
+    return 0.8 * psutil.virtual_memory().available / ranks

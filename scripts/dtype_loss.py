@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from bundled_model_figures import copy_held_out, score
 
-from rwkvmpi.models.model import KINDS, load_model
+from rwkvmpi.models.cost import KINDS as KINDS_BY_DEVICE
+from rwkvmpi.models.model import load_model
 from rwkvmpi.models.random_weights import random_weights, write_model
 from rwkvmpi.ops import library
 
+KINDS = KINDS_BY_DEVICE["cpu"]
 REFERENCE = KINDS[0]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from launching import command, environment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +66,23 @@ def write_documents() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> Path:
+    """The library of all CUDA kernels compiled for the host, where cuda/emulation plays CUDA: no GPU is needed."""
+    import _emulated_kernels
+
+    compiler = _emulated_kernels.compiler()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no compiler {compiler}")
+    return _emulated_kernels.build()
+
+
+@pytest.fixture
+def kernels(emulated_kernels: Path) -> Iterator[ctypes.CDLL]:
+    """The emulated kernels; during the test the operators use them on CPU tensors."""
+    from rwkvmpi.ops.cuda import library
+
+    with library.emulated(emulated_kernels):
+        yield library.load()

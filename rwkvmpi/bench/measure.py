@@ -18,7 +18,8 @@ from rwkvmpi.config import DEFAULT_CHUNK
 from rwkvmpi.grid import figures
 from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import Checkpoint
-from rwkvmpi.models.model import KINDS, Model
+from rwkvmpi.models.cost import KINDS
+from rwkvmpi.models.model import Model
 from rwkvmpi.models.schema import ModelShape
 
 MAIN_DTYPE, BESIDE = "bfloat16", "float32"  # what is measured where nothing is asked for
@@ -72,7 +73,7 @@ def _measure(request: Request, shape: ModelShape, say: Say) -> dict[str, Any]:
         "machine": roofs.machine(request.threads),
         "model": {**asdict(shape), "measured_layers": measured.n_layer, "random_weights": True},
         "roofs": {
-            "flops_per_second": {dtype: roofs.peak_flops(dtype, request.threads) for dtype in KINDS},
+            "flops_per_second": {dtype: roofs.peak_flops(dtype, request.threads) for dtype in KINDS["cpu"]},
             "memory_bytes_per_second": roofs.memory_bandwidth(request.threads),
         },
         "dtypes": {},

@@ -44,7 +44,7 @@ Check = Callable[[], Iterable[Finding]]
 
 def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, Check]]:
     """All checks in the order of the report, each with the name it reports under if it falls over."""
-    from rwkvmpi.cluster import machine_checks, mpi_checks, number_checks, thread_checks
+    from rwkvmpi.cluster import gpu_checks, machine_checks, mpi_checks, number_checks, thread_checks
 
     found: list[tuple[str, Check]] = [
         ("python", machine_checks.python),
@@ -57,6 +57,7 @@ def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, C
         ("rdma", machine_checks.rdma),
         ("mpi", mpi_checks.mpi_library),
         ("torch", number_checks.torch_library),
+        ("GPU", gpu_checks.gpus),
         ("threads", thread_checks.of_this_process),
         ("operators", number_checks.operators),
         ("matrix products", number_checks.matrix_rows),

@@ -38,7 +38,7 @@ class RankLedger:
         self._commit = commit
 
     def keep_state(self, doc: int, position: int, layer: int, state: Any) -> None:
-        self.recorder.add_inflight(doc, position, layer, state.wkv[0].numpy(), state.shift[0].numpy())
+        self.recorder.add_inflight(doc, position, layer, *state.arrays(0))
 
     def keep_carry(self, doc: int, position: int, carry: np.ndarray) -> None:
         self.recorder.add_carry(doc, position, carry)

@@ -9,6 +9,9 @@ every chunk, with no bytes where no document crosses the boundary, so that both 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from rwkvmpi.grid.transport import Receiver, Sender, Transport
@@ -21,14 +24,21 @@ STATE_TAG = 16  # + item: one channel per layer of the stage, one more for the c
 class Relay:
     """The items of one rank: its layers in order, then the carry (0 bytes except on the last stage).
 
-    `sizes` bytes per item; `left` and `right` are ranks, or None on a ring of one slot.
+    `sizes` bytes per item; `left` and `right` are ranks, or None on a ring of one slot. `allocate(item, nbytes)` gives
+    memory for what stays here: uint8, an array or a tensor of a GPU.
     """
 
     def __init__(
-        self, sizes: list[int], transport: Transport | None = None, left: int | None = None, right: int | None = None
+        self,
+        sizes: list[int],
+        transport: Transport | None = None,
+        left: int | None = None,
+        right: int | None = None,
+        allocate: Callable[[int, int], Any] = lambda item, nbytes: np.empty(nbytes, dtype=np.uint8),
     ) -> None:
         self.items = len(sizes)
-        self._kept: list[np.ndarray | None] = [None] * len(sizes)
+        self._allocate = allocate
+        self._kept: list[Any] = [None] * len(sizes)
         self._receivers: list[Receiver] = []
         self._senders: list[Sender] = []
         if transport is not None and left is not None and right is not None:
@@ -40,7 +50,7 @@ class Relay:
     def on_ring(self) -> bool:
         return bool(self._receivers)
 
-    def arrive(self, index: int, item: int) -> np.ndarray | None:
+    def arrive(self, index: int, item: int) -> Any:
         """What chunk `index` - 1 left of this item (uint8), or None when no document crosses the boundary.
 
         Call it exactly once per chunk and item, except for chunk 0. Valid until `taken`.
@@ -58,12 +68,12 @@ class Relay:
         if self.on_ring:
             self._receivers[item].release()
 
-    def outbox(self, item: int, nbytes: int) -> np.ndarray:
+    def outbox(self, item: int, nbytes: int) -> Any:
         """Where to put what the next chunk needs of this item: uint8 [nbytes]. Follow it with `leave`."""
         if not self.on_ring:
             kept = self._kept[item]
             if kept is None or len(kept) != nbytes:
-                kept = self._kept[item] = np.empty(nbytes, dtype=np.uint8)
+                kept = self._kept[item] = self._allocate(item, nbytes)
             return kept
         return self._senders[item].buffer()[HEADER_BYTES : HEADER_BYTES + nbytes]
 

@@ -58,25 +58,35 @@ class Transport(Protocol):
 class MpiTransport:
     """Host memory through MPI: persistent receives, non-blocking sends.
 
-    `idle` is called while a rank waits, so that control messages are answered during long waits too.
+    `idle` is called while a rank waits, so that control messages are answered during long waits too. `pin` is told of
+    every buffer that a GPU may copy from or to.
     """
 
-    def __init__(self, comm: Any, idle: Callable[[], None]) -> None:
+    def __init__(
+        self, comm: Any, idle: Callable[[], None], pin: Callable[[np.ndarray], None] = lambda buffer: None
+    ) -> None:
         self._comm = comm
         self._idle = idle
+        self._pin = pin
 
     def receiver(self, source: int, tag: int, nbytes: int, depth: int) -> MpiReceiver:
-        return MpiReceiver(self._comm, source, tag, nbytes, depth, self._idle)
+        return MpiReceiver(self._comm, source, tag, self._buffers(nbytes, depth), self._idle)
 
     def sender(self, dest: int, tag: int, nbytes: int, depth: int) -> MpiSender:
-        return MpiSender(self._comm, dest, tag, nbytes, depth, self._idle)
+        return MpiSender(self._comm, dest, tag, self._buffers(nbytes, depth), self._idle)
+
+    def _buffers(self, nbytes: int, depth: int) -> list[np.ndarray]:
+        buffers = [aligned_bytes(nbytes) for _ in range(depth)]
+        for buffer in buffers:
+            self._pin(buffer)
+        return buffers
 
 
 class MpiReceiver:
-    """`depth` persistent receives, all posted from the start; messages are taken in the order of the buffers."""
+    """A persistent receive for each buffer, all posted from the start; messages come in the order of the buffers."""
 
-    def __init__(self, comm: Any, source: int, tag: int, nbytes: int, depth: int, idle: Callable[[], None]) -> None:
-        self._buffers = [aligned_bytes(nbytes) for _ in range(depth)]
+    def __init__(self, comm: Any, source: int, tag: int, buffers: list[np.ndarray], idle: Callable[[], None]) -> None:
+        self._buffers = buffers
         self._requests = [comm.Recv_init(buffer, source=source, tag=tag) for buffer in self._buffers]
         self._idle = idle
         self._turn = 0
@@ -101,12 +111,12 @@ class MpiReceiver:
 
 
 class MpiSender:
-    """`depth` buffers used in turn; a buffer is free again when its send has completed."""
+    """Buffers used in turn; one is free again when its send has completed."""
 
-    def __init__(self, comm: Any, dest: int, tag: int, nbytes: int, depth: int, idle: Callable[[], None]) -> None:
+    def __init__(self, comm: Any, dest: int, tag: int, buffers: list[np.ndarray], idle: Callable[[], None]) -> None:
         self._comm, self._dest, self._tag, self._idle = comm, dest, tag, idle
-        self._buffers = [aligned_bytes(nbytes) for _ in range(depth)]
-        self._requests: list[Any] = [None] * depth
+        self._buffers = buffers
+        self._requests: list[Any] = [None] * len(buffers)
         self._turn = 0
         self.waited_s = 0.0
 

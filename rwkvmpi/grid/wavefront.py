@@ -17,8 +17,11 @@ import torch
 from rwkvmpi.corpus.stream import CONTINUES, COUNT, DOC, ENDS, FLAGS, POSITION, RESUMES
 from rwkvmpi.errors import NumericalError
 from rwkvmpi.grid.frame import Frame
+from rwkvmpi.grid.pending import Pending
 from rwkvmpi.grid.relay import Relay
 from rwkvmpi.grid.transport import Sender
+from rwkvmpi.models.chunk_reader import make_reader
+from rwkvmpi.models.device import OVER, Ticket
 from rwkvmpi.models.model import Stage
 from rwkvmpi.tasks.base import Task
 
@@ -99,13 +102,23 @@ class Wavefront:
         self._below, self._ledger, self._saved = below, ledger, saved
         self._slot, self._ring, self._chunk_size = slot, ring, chunk_size
         self._poll, self._name_of = poll, name_of
+        self._reader = make_reader(stage, chunk_size)
+        self._pending = Pending()
         self._commit = 0
         self._frames_below: dict[int, Frame] = {}
         self.counters = Counters()
 
+    def serve(self) -> None:
+        """Hand on what a GPU has finished in the meantime. To be called whenever this rank waits."""
+        self._pending.serve()
+
     @torch.inference_mode()
     def run(self) -> None:
         """Read until the stream ends."""
+        with self._stage.device.computing():
+            self._run()
+
+    def _run(self) -> None:
         index = self._slot
         while True:
             self._poll()
@@ -115,58 +128,70 @@ class Wavefront:
                 self.counters.begun, self.counters.warm_up_tokens = time.perf_counter(), self.counters.tokens
             cut = frame.cut if frame.commit != self._commit else None
             if frame.commit != self._commit:
+                self._pending.settle()  # what the commit is to hold
                 self._commit = frame.commit
                 self._ledger.close_results(self._commit)
                 if cut is None:
                     self._ledger.close_states(self._commit)
             if frame.ends_stream:
+                self._pending.settle()
                 self._end(frame, cut)
                 self.counters.reading_s = time.perf_counter() - self.counters.begun
                 return
             self._read(frame, cut)
-            self._supply.release()
             index += self._ring
 
     def _read(self, frame: Frame, cut: tuple[int, int] | None) -> None:
         """One chunk through this rank's layers."""
         begun, waited = time.perf_counter(), self._waits()
-        stage, segments = self._stage, frame.segments
-        rows = torch.from_numpy(np.ascontiguousarray(segments[:, :2], dtype=np.int32))
+        stage, reader, pending = self._stage, self._reader, self._pending
+        segments = frame.segments.copy()  # the frame goes back before a GPU has done everything
+        rows = np.ascontiguousarray(segments[:, :2], dtype=np.int32)
+        index, targets = frame.index, frame.targets.copy()
         if stage.first:
-            x, v_first = stage.embed(torch.from_numpy(frame.tokens)), None
+            lent = reader.begin_tokens(frame.tokens, rows)
         else:
-            x = torch.from_numpy(frame.x)
-            v_first = None if frame.v_first is None else torch.from_numpy(frame.v_first)
-        for item, layer in enumerate(stage.layers):
-            state = stage.initial_state(item, len(segments))
-            self._enter(frame, item, state)
+            lent = reader.begin_activations(frame.x, frame.v_first, rows)
+        for item in range(len(stage.layers)):
+            state = reader.state(item, len(segments))
+            self._enter(index, segments, item, state)
             if cut is not None:
                 self._ledger.keep_state(*cut, stage.lo + item, state)
-            x, v_first = layer.forward(x, v_first, state, rows)
-            self._check(state, frame, stage.lo + item)
-            self._leave(frame, item, state)
+            reader.read(item, state)
+            self._check(reader.look(item, state), index, segments, stage.lo + item)
+            self._leave(index, segments, item, state)
             self._task.layer_done(stage.lo + item, segments, state, self._ledger.recorder)
             self._poll()
         if stage.last:
-            self._consume(frame, x, cut)
+            self._consume(index, segments, targets, cut)
         else:
-            self._send_below(frame, x, v_first)
+            self._send_below(frame)
         if cut is not None:
             self._ledger.close_states(self._commit)
-        self.counters.chunks += 1
+        ticket, broken = reader.verdict()
+
+        def conclude() -> None:
+            for item, segment in broken():
+                self._check([segment], index, segments, stage.lo + item)
+            self.counters.chunks += 1
+
+        pending.add(ticket, conclude)
+        lent.wait()
+        self._supply.release()
         self.counters.busy_s += time.perf_counter() - begun - (self._waits() - waited)
 
-    def _enter(self, frame: Frame, item: int, state: Any) -> None:
+    def _enter(self, index: int, segments: np.ndarray, item: int, state: Any) -> None:
         """Put the state with which the first segment goes on into `state`; the others begin afresh."""
-        first = frame.segments[0]
-        if frame.index > 0:
-            arrived = self._relay.arrive(frame.index, item)
-            if first[FLAGS] & CONTINUES:
+        if index > 0:
+            self._pending.settle_until(item)  # on a ring of one what is to arrive has to have left
+            arrived = self._relay.arrive(index, item)
+            taken: Ticket = OVER
+            if segments[0][FLAGS] & CONTINUES:
                 if arrived is None:
-                    raise RuntimeError(f"chunk {frame.index} goes on with a document, but no state of it arrived")
-                state.unpack_from(arrived, 0)
-            self._relay.taken(item)
-        for segment_index, segment in enumerate(frame.segments):
+                    raise RuntimeError(f"chunk {index} goes on with a document, but no state of it arrived")
+                taken = self._reader.enter(state, 0, arrived)
+            self._pending.add(taken, lambda: self._relay.taken(item))
+        for segment_index, segment in enumerate(segments):
             if segment[FLAGS] & RESUMES:
                 if self._saved is None:
                     raise RuntimeError(f"document {segment[DOC]} goes on, but this run has no saved states")
@@ -174,20 +199,20 @@ class Wavefront:
                 state.wkv[segment_index] = torch.from_numpy(wkv)
                 state.shift[segment_index] = torch.from_numpy(shift)
 
-    def _leave(self, frame: Frame, item: int, state: Any) -> None:
+    def _leave(self, index: int, segments: np.ndarray, item: int, state: Any) -> None:
         """Hand the last segment's state to the next chunk, if its document goes on there."""
-        last = len(frame.segments) - 1
-        nbytes = 0 if frame.segments[last][FLAGS] & ENDS else state.nbytes_per_segment
-        if nbytes:
-            state.pack_into(self._relay.outbox(item, nbytes), last)
-        self._relay.leave(frame.index, item, nbytes)
+        last = len(segments) - 1
+        nbytes = 0 if segments[last][FLAGS] & ENDS else state.nbytes_per_segment
+        gone = self._reader.leave(state, last, self._relay.outbox(item, nbytes)) if nbytes else OVER
+        self._pending.add(gone, lambda: self._relay.leave(index, item, nbytes), item)
 
-    def _consume(self, frame: Frame, x: torch.Tensor, cut: tuple[int, int] | None) -> None:
+    def _consume(self, index: int, segments: np.ndarray, targets: np.ndarray, cut: tuple[int, int] | None) -> None:
         """The last stage: the task uses the hidden vectors; its carry is relayed like a layer's state."""
-        item, segments, task = len(self._stage.layers), frame.segments, self._task
+        item, task, stage = len(self._stage.layers), self._task, self._stage
+        self._pending.settle_until(item)
         carry = task.first_carry()
-        if frame.index > 0:
-            arrived = self._relay.arrive(frame.index, item)
+        if index > 0:
+            arrived = self._relay.arrive(index, item)
             if segments[0][FLAGS] & CONTINUES and arrived is not None:
                 carry = arrived.copy()
             self._relay.taken(item)
@@ -195,23 +220,27 @@ class Wavefront:
             carry = self._saved.load_carry(int(segments[0][DOC]))
         if cut is not None and task.carry_bytes:
             self._ledger.keep_carry(*cut, carry)
-        hidden = self._stage.finish(x)
-        carry = task.consume(self._stage, segments, frame.targets, hidden, carry, self._ledger.recorder)
-        nbytes = 0 if segments[-1][FLAGS] & ENDS else task.carry_bytes
-        if nbytes:
-            self._relay.outbox(item, nbytes)[:] = carry
-        self._relay.leave(frame.index, item, nbytes)
-        self.counters.tokens += int(np.count_nonzero(frame.targets >= 0))
-        self.counters.documents += int(np.count_nonzero(segments[:, FLAGS] & ENDS))
+        values, arrived_here = stage.device.bring(task.evaluate(stage, self._reader.x, targets))
 
-    def _send_below(self, frame: Frame, x: torch.Tensor, v_first: torch.Tensor | None) -> None:
+        def conclude() -> None:
+            after = task.consume(segments, targets, values, carry, self._ledger.recorder)
+            nbytes = 0 if segments[-1][FLAGS] & ENDS else task.carry_bytes
+            if nbytes:
+                self._relay.outbox(item, nbytes)[:] = after
+            self._relay.leave(index, item, nbytes)
+            self.counters.tokens += int(np.count_nonzero(targets >= 0))
+            self.counters.documents += int(np.count_nonzero(segments[:, FLAGS] & ENDS))
+
+        self._pending.add(arrived_here, conclude, item)
+
+    def _send_below(self, frame: Frame) -> None:
+        below, item = self._below, len(self._stage.layers)
+        assert below is not None
+        self._pending.settle_until(item)  # buffers are sent in turn
         out = self._frame_below()
         out.copy_head(frame)
-        torch.from_numpy(out.x).copy_(x)
-        if out.v_first is not None and v_first is not None:
-            torch.from_numpy(out.v_first).copy_(v_first)
-        assert self._below is not None
-        self._below.send(out.buffer.nbytes)
+        gone = self._reader.send(out.x, out.v_first)
+        self._pending.add(gone, lambda: below.send(out.buffer.nbytes), item)
 
     def _frame_below(self) -> Frame:
         """The frame over the next free send buffer (each buffer keeps its frame)."""
@@ -254,19 +283,16 @@ class Wavefront:
         state.unpack_from(arrived, 0)
         self._ledger.keep_state(*cut, self._stage.lo + item, state)
 
-    def _check(self, state: Any, frame: Frame, layer: int) -> None:
-        """Nothing that is not a number may travel on or be kept."""
-        if self._stage.is_finite(state.wkv, state.shift):
-            return
-        for index, segment in enumerate(frame.segments):
-            if not self._stage.is_finite(state.wkv[index], state.shift[index]):
-                first = int(segment[POSITION])
-                name = self._name_of(int(segment[DOC]))
-                raise NumericalError(
-                    f"NaN or Inf in the state of layer {layer} for {name}, chunk {frame.index} (tokens {first} to "
-                    f"{first + int(segment[COUNT])}); nothing after the last commit was kept. Look at the model with "
-                    "`rwkvmpi inspect MODEL --check`, or try --dtype float32"
-                )
+    def _check(self, broken: list[int] | None, index: int, segments: np.ndarray, layer: int) -> None:
+        """Nothing that is not a number may be kept: NumericalError if `broken` names a segment."""
+        for segment in broken or ():
+            first, count = int(segments[segment][POSITION]), int(segments[segment][COUNT])
+            name = self._name_of(int(segments[segment][DOC]))
+            raise NumericalError(
+                f"NaN or Inf in the state of layer {layer} for {name}, chunk {index} (tokens {first} to "
+                f"{first + count}); nothing after the last commit was kept. Look at the model with "
+                "`rwkvmpi inspect MODEL --check`, or try --dtype float32"
+            )
 
     def _waits(self) -> float:
         return self._relay.waited_s + (self._below.waited_s if self._below is not None else 0.0)

@@ -57,10 +57,10 @@ def sender_below(grid: Grid, rank: int, transport: Transport | None, chunk_size:
     return transport.sender(dest, FRAME_TAG, nbytes, STAGE_DEPTH)
 
 
-def relay_on_ring(grid: Grid, rank: int, transport: Transport | None, sizes: list[int]) -> Relay:
-    """States (and the carry) to and from the ring's neighbours; they stay where they are on a ring of one."""
+def relay_on_ring(grid: Grid, rank: int, transport: Transport | None, sizes: list[int], stage: Any) -> Relay:
+    """States (and the carry) to and from the ring's neighbours; on a ring of one they stay where the stage computes."""
     if grid.ring == 1:
-        return Relay(sizes)
+        return Relay(sizes, allocate=lambda item, nbytes: stage.device.keep(nbytes, item < len(stage.layers)))
     place = grid.place(rank)
     left = grid.rank(Place(place.stage, place.slot - 1, place.replica))
     right = grid.rank(Place(place.stage, place.slot + 1, place.replica))

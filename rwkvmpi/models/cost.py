@@ -10,9 +10,20 @@ from rwkvmpi.models.schema import ModelShape, layer_tensors
 # the removed direction, decays, removes, adds and reads out; RWKV-5 and 6 decay, add, and read out.
 WKV_OPERATIONS = {"5.0": 5, "5.2": 5, "6": 5, "7": 9}
 RWKV4_OPERATIONS = 30  # per channel: four exponentials, two divisions' worth, and a dozen multiplications and additions
+# How the matrices can be held, by device.
+KINDS = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("bfloat16", "float16", "float32")}
 # Bytes of one weight of the large matrices; what "auto" stands for on a CPU is float32.
 ITEMSIZE = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PER_HEAD = ("att.r_k", "att.time_decay", "att.time_faaaa", "att.time_state")  # [H, N] and the like, never multiplied
+
+
+def refusal(device: str, dtype: str) -> str:
+    """Why matrices cannot be held as `dtype` on a "cpu" or "cuda"; "" if they can."""
+    kinds = KINDS[device]
+    if dtype in kinds:
+        return ""
+    where = "on a CPU" if device == "cpu" else "on a GPU"
+    return f"weights cannot be used as {dtype}: {where} choose --dtype {', '.join(kinds[:-1])} or {kinds[-1]}"
 
 
 def layer_weights(shape: ModelShape, layer: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from rwkvmpi.models.state import LayerState
 
 if TYPE_CHECKING:
     from rwkvmpi.models.checkpoint import Checkpoint
+    from rwkvmpi.models.device import Device
     from rwkvmpi.models.schema import ModelShape
     from rwkvmpi.models.weight_store import WeightStore
 
@@ -23,23 +24,36 @@ GROUP_NORM_EPS = 64e-5
 # A layer reads a chunk in blocks of so many rows, so that what it computes in between stays in the processor's caches.
 # No row's bits depend on it.
 BLOCK_ROWS = 1024
+MOST_ROWS = 1 << 30  # a GPU takes a whole chunk at once: it needs the rows to fill its processors
 
 
 @dataclass(slots=True)
 class Resources:
-    """What the layers of a stage share: where weights go, scratch memory, how the matrices are held.
+    """What the layers of a stage share: where they compute, where weights go, scratch memory, how matrices are held.
 
-    kind: "float32", "bfloat16" or "int8", of the large matrices; the low-rank ones are bfloat16 where that is "int8".
+    kind: "float32", "bfloat16", "float16" or "int8", of the large matrices; the low-rank ones are bfloat16 where that
+    is "int8".
     """
 
     kind: str
+    device: Device
     store: WeightStore
     workspace: ops.Workspace
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the inputs of matrix products."""
-        return torch.float32 if self.kind == "float32" else torch.bfloat16
+        return torch.bfloat16 if self.kind == "int8" else getattr(torch, self.kind)
+
+    @property
+    def between(self) -> torch.dtype:
+        """Of the results of products that no other product reads."""
+        return self.device.between(self.kind)
+
+    @property
+    def block_rows(self) -> int:
+        """The number of rows that go through a layer together."""
+        return BLOCK_ROWS if self.device.kind == "cpu" else MOST_ROWS
 
     def exchange_workspace(self, other: ops.Workspace) -> ops.Workspace:
         """Use `other` from now on; gives the one used so far."""
@@ -51,18 +65,20 @@ class Resources:
         not read where another process has done so already."""
 
         outputs, inputs = shape
+        on_gpu = self.device.kind != "cpu"
 
         def fill(memory: torch.Tensor) -> None:
-            ops.pack(load(), kind, memory)
+            ops.pack(load(), kind, memory, on_gpu)
 
-        return ops.Packed(kind, outputs, inputs, self.store.place(ops.packed_bytes(kind, outputs, inputs), fill))
+        nbytes = ops.packed_bytes(kind, outputs, inputs, on_gpu)
+        return ops.Packed(kind, outputs, inputs, self.store.place(nbytes, fill))
 
 
 class LayerBase(ABC):
     """One layer: time mix, then channel mix, each added to the residual stream.
 
-    Matrices are packed for our products; vectors are held in float32. The residual stream, the state, v_first and the
-    outputs of products that no other product reads are always float32.
+    Matrices are packed for our products; vectors are held in float32. The residual stream and the state are always
+    float32, v_first and the outputs of products that no other product reads are float32 on a CPU.
     """
 
     def __init__(self, checkpoint: Checkpoint, index: int, resources: Resources) -> None:
@@ -103,19 +119,24 @@ class LayerBase(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One chunk through this layer: (x, v_first) for the next one.
 
-        x [G, C] float32 is updated in place; v_first [G, C] float32 for RWKV-7 (None into layer 0, which makes it) and
-        None for the others; state: one entry per segment, updated in place; rows int32 [D, 2]: first row and number of
-        rows of each segment. Rows outside every segment give meaningless but finite x and touch no state.
+        x [G, C] float32 is updated in place; v_first [G, C] (`Resources.between`) for RWKV-7 (None into layer 0, which
+        makes it) and None for the others; state: one entry per segment, updated in place; rows int32 [D, 2]: first row
+        and number of rows of each segment (on a GPU a count of 0 is a segment that is not there). Rows outside every
+        segment give meaningless but finite x and touch no state.
         """
         v_first = self.first_value(x, v_first)
-        for block in row_blocks(rows, x.shape[0]):
+        self.advance(x, v_first, state, rows)
+        return x, v_first
+
+    def advance(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
+        """`forward` with all memory given: v_first [G, C] for RWKV-7 in layer 0 too, which fills it."""
+        for block in row_blocks(rows, x.shape[0], self.resources.block_rows):
             part = slice(block.first, block.end)
             own = LayerState(state.wkv[block.segments], state.shift[block.segments])
             self.workspace.reset()
             self.time_mix(x[part], None if v_first is None else v_first[part], own, block.rows)
             self.workspace.reset()
             self.channel_mix(x[part], own, block.rows)
-        return x, v_first
 
     def first_value(self, x: torch.Tensor, v_first: torch.Tensor | None) -> torch.Tensor | None:
         """The v_first that the time mix fills (in layer 0) or reads; None for versions without one."""
@@ -130,7 +151,7 @@ class LayerBase(ABC):
     def low_rank(self, name: str, part: int | None = None) -> ops.Packed:
         """One of a low-rank pair, as the files have them: [inputs, outputs], or part `part` of several."""
         *_, inputs, outputs = self._shape(name)
-        kind = "float32" if self.resources.kind == "float32" else "bfloat16"
+        kind = "bfloat16" if self.resources.kind == "int8" else self.resources.kind
         return self._pack(lambda: self._read(name, part).t(), (outputs, inputs), kind)
 
     def vector(self, name: str) -> torch.Tensor:
@@ -162,19 +183,35 @@ class LayerBase(ABC):
         return tensor if part is None else tensor[part]
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)  # never a view that keeps the file's pages
+        # never a view that keeps the file's pages
+        tensor = self.resources.device.upload(tensor.clone(memory_format=torch.contiguous_format))
         self.weight_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     # ---- for the versions' own mixes ----
 
     def product(
-        self, x: torch.Tensor, weight: ops.Packed, op: str = "none", dtype: torch.dtype = torch.float32
+        self, x: torch.Tensor, weight: ops.Packed, op: str = "none", dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """x [G, K] times weight transposed, after it the function `op`: [G, N], valid within this mix."""
-        out = self.workspace.take((x.shape[0], weight.outputs), dtype)
+        """x [G, K] times weight transposed, after it the function `op`: [G, N], valid within this mix.
+
+        dtype: `self.dtype` where another product reads it; None stands for `Resources.between`."""
+        out = self.workspace.take((x.shape[0], weight.outputs), dtype or self.resources.between)
         ops.product_into(out, x, weight, op)
         return out
+
+    def hidden_key(self, x: torch.Tensor, weight: ops.Packed) -> torch.Tensor:
+        """The channel mix's relu(K x)^2, by `ops.relu_squared_scale` too small."""
+        out = self.workspace.take((x.shape[0], weight.outputs), self.dtype)
+        ops.product_into(out, x, weight, "relu_squared", scale=ops.relu_squared_scale(self.dtype))
+        return out
+
+    def add_value(
+        self, x: torch.Tensor, key: torch.Tensor, weight: ops.Packed, gate: torch.Tensor | None = None
+    ) -> None:
+        """x += V key, for RWKV-4 to 6 times sigmoid(gate), of a key from `hidden_key`."""
+        scale = ops.relu_squared_scale(self.dtype) ** -2
+        ops.product_into(x, key, weight, "add" if gate is None else "gated_add", gate, scale=scale)
 
     def shift_mix(
         self,
@@ -202,9 +239,8 @@ class GatedChannelMix(LayerBase):
 
     def channel_mix(self, x: torch.Tensor, state: LayerState, rows: torch.Tensor) -> None:
         x_k, x_r = self.shift_mix(x, self.ln2, state.shift[:, 1], self.ffn_mixes, rows)
-        key = self.product(x_k, self.ffn_key, "relu_squared", self.dtype)
-        gate = self.product(x_r, self.ffn_receptance)
-        ops.product_into(x, key, self.ffn_value, "gated_add", gate)
+        key = self.hidden_key(x_k, self.ffn_key)
+        self.add_value(x, key, self.ffn_value, self.product(x_r, self.ffn_receptance))
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ import torch
 from rwkvmpi import ops
 from rwkvmpi.errors import UserError
 from rwkvmpi.models.checkpoint import check_finite, open_checkpoint
+from rwkvmpi.models.device import Device, open_device
 from rwkvmpi.models.layer_base import Resources
 from rwkvmpi.models.state import LayerState, ModelState
-from rwkvmpi.models.weight_store import OwnMemory
 from rwkvmpi.ops import library
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rwkvmpi.models.weight_store import WeightStore
 
 CHUNK = 1024
-KINDS = ("float32", "bfloat16", "int8")  # of matrices on a CPU
 STEP_PROGRAMS = 4  # numbers of states for which a step stays recorded
 MODULES = {"4": "rwkv4", "5.0": "rwkv5", "5.2": "rwkv5", "6": "rwkv6", "7": "rwkv7"}
 
@@ -48,18 +47,18 @@ class Stage:
         lo: int,
         hi: int,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | Device = "cpu",
         store: WeightStore | None = None,
     ) -> None:
         if not 0 <= lo < hi <= checkpoint.shape.n_layer:
             raise ValueError(f"no stage of layers {lo}..{hi} exists in a model of {checkpoint.shape.n_layer} layers")
-        if device != "cpu":
-            raise UserError(f"device {device!r} cannot be used: this version computes on the CPU only (--device cpu)")
+        self.device = open_device(device) if isinstance(device, str) else device
         self.shape: ModelShape = checkpoint.shape
         self.lo, self.hi = lo, hi
         self.first, self.last = lo == 0, hi == self.shape.n_layer
         self.passes_v_first = self.shape.version == "7"
-        self.resources = Resources(check_kind(dtype), store or OwnMemory(), ops.Workspace())
+        kind = self.device.check_kind(dtype)
+        self.resources = Resources(kind, self.device, store or self.device.memory(), self.device.workspace())
         self.dtype = self.resources.dtype
         layer_class = import_module(f"rwkvmpi.models.{MODULES[self.shape.version]}").Layer
         with torch.inference_mode():
@@ -75,8 +74,8 @@ class Stage:
             check_finite(checkpoint, ["emb.weight"])
             checkpoint.let_go(["emb.weight"])
         # The table stays as the file has it: a chunk touches a thousand of its rows.
-        self.embedding = checkpoint.tensor("emb.weight")
-        self.ln0 = (None, None) if checkpoint.ln0_fused else _norm(checkpoint, "blocks.0.ln0")
+        self.embedding = self.device.upload(checkpoint.tensor("emb.weight"))
+        self.ln0 = (None, None) if checkpoint.ln0_fused else self._norm(checkpoint, "blocks.0.ln0")
         self.weight_bytes += self.embedding.numel() * self.embedding.element_size()
 
     def _load_head(self, checkpoint: Checkpoint) -> None:
@@ -86,37 +85,55 @@ class Stage:
 
         self.head = self.resources.pack(read, checkpoint.tensor_shape("head.weight"), self.resources.kind)
         checkpoint.let_go(["head.weight"])
-        self.ln_out = _norm(checkpoint, "ln_out")
+        self.ln_out = self._norm(checkpoint, "ln_out")
         self.weight_bytes += self.head.data.numel()
+
+    def _norm(self, checkpoint: Checkpoint, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of a normalisation, float32; UserError unless they are finite."""
+        names = (f"{name}.weight", f"{name}.bias")
+        check_finite(checkpoint, names)
+        weight, bias = (self.device.upload(checkpoint.tensor(part).float().contiguous()) for part in names)
+        return weight, bias
 
     @torch.inference_mode()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """First stage: tokens [G] (int32 or int64, each in 0..V-1) to the residual stream [G, C] float32."""
-        x = torch.empty(tokens.shape[0], self.shape.n_embd)
-        ops.embed_into(x, tokens, self.embedding, *self.ln0)
+        x = self.empty(tokens.shape[0], self.shape.n_embd)
+        self.embed_into(x, self.device.upload(tokens))
         return x
+
+    @torch.inference_mode()
+    def embed_into(self, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        """`embed` into x [G, C], both on the stage's device."""
+        ops.embed_into(x, tokens, self.embedding, *self.ln0)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """New memory on the stage's device."""
+        return torch.empty(shape, dtype=dtype, device=self.device.target)
 
     def initial_state(self, i: int, segments: int) -> LayerState:
         """The state of `segments` documents before their first token in .layers[i] (i counts this stage's layers)."""
-        return LayerState.initial(self.shape, segments, self.layers[i].time_state)
+        return LayerState.initial(self.shape, segments, self.layers[i].time_state, self.device.target)
 
     @torch.inference_mode()
     def finish(self, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Last stage: the normalised output h [G, C], in `dtype`, of the residual stream x [G, C]."""
-        h = torch.empty(x.shape, dtype=dtype)
+        h = self.empty(*x.shape, dtype=dtype)
         ops.layer_norm_into(h, x, *self.ln_out)
         return h
 
     @torch.inference_mode()
     def logprobs(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Natural-log probabilities [G] float32 of targets [G] (int32 or int64; -1 gives 0), h [G, C] from `finish`."""
-        return ops.head_logprobs(h.to(self.dtype), self.head, targets)
+        """Natural-log probabilities [G] float32 of targets [G] (int32 or int64; -1 gives 0), h [G, C] from `finish`.
+
+        They are on the stage's device; targets are on the host."""
+        return ops.head_logprobs(h.to(self.dtype), self.head, self.device.upload(targets))
 
     @torch.inference_mode()
     def logits(self, h: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [G, V] float32, h [G, C] from `finish`; written to `out` [G, V] where it is given."""
         if out is None:
-            out = torch.empty(h.shape[0], self.shape.vocab_size)
+            out = self.empty(h.shape[0], self.shape.vocab_size)
         ops.product_into(out, h.to(self.dtype), self.head)
         return out
 
@@ -134,14 +151,25 @@ class Model:
         self.shape: ModelShape = checkpoint.shape
         self.stage = Stage(checkpoint, 0, checkpoint.shape.n_layer, dtype, device)
         self._steps: dict[tuple[object, ...], _Step] = {}
+        self._graphs: dict[tuple[object, ...], _GraphStep] = {}
 
     def state(self) -> ModelState:
         """The state before the first token."""
         return self.states(1)
 
-    def states(self, count: int) -> ModelState:
-        """`count` independent states before their first token, for `step`."""
-        return ModelState([self.stage.initial_state(i, count) for i in range(self.shape.n_layer)])
+    def states(self, count: int, dtype: torch.dtype = torch.float32) -> ModelState:
+        """`count` independent states before their first token, for `step`.
+
+        dtype: how `step` shall keep the WKV part between tokens. float16 is lossy, for RWKV-5 to 7 on a GPU, and half
+        the memory and traffic of a large batch; every other use of a state needs float32.
+        """
+        states = ModelState([self.stage.initial_state(i, count) for i in range(self.shape.n_layer)])
+        if dtype != torch.float32:
+            if dtype != torch.float16 or self.stage.device.kind == "cpu" or self.shape.version == "4":
+                raise UserError("states are float32, or for RWKV-5 to 7 on a GPU float16")
+            for layer in states.layers:
+                layer.wkv = layer.wkv.to(dtype)
+        return states
 
     def forward(
         self, tokens: torch.Tensor | np.ndarray | Sequence[int], state: ModelState | None = None
@@ -157,7 +185,7 @@ class Model:
         state = self._checked_copy(state)
         if len(ids) == 1:
             return self._step(ids, state), state
-        logits = torch.empty(len(ids), self.shape.vocab_size)
+        logits = self.stage.empty(len(ids), self.shape.vocab_size)
         for start in range(0, len(ids), CHUNK):
             part = slice(start, start + CHUNK)
             self.stage.logits(self.stage.finish(self._read(ids[part], state)), logits[part])
@@ -173,7 +201,7 @@ class Model:
         state = self._checked_copy(state)
         for start in range(0, len(ids), CHUNK):
             x = self._read(ids[start : start + CHUNK], state)
-        logits = torch.empty(1, self.shape.vocab_size)
+        logits = self.stage.empty(1, self.shape.vocab_size)
         self.stage.logits(self.stage.finish(x[-1:]), logits)
         return logits[0], state
 
@@ -186,12 +214,27 @@ class Model:
         changed in place and given back. UserError as in `forward`.
         """
         ids = self._checked(tokens)
-        states.check(self.shape)
+        states.check(self.shape, lossy=self.stage.device.kind != "cpu")
         if len(ids) != states.segments:
             raise UserError(f"{len(ids)} tokens for {states.segments} states; a step takes one token for each state")
         return self._step(ids, states), states
 
     def _step(self, ids: torch.Tensor, states: ModelState) -> torch.Tensor:
+        if self.stage.device.kind == "cpu":
+            return self._recorded_step(ids, states)
+        tensors = states.tensors()
+        key = (len(ids), tensors[0].dtype, *(tensor.data_ptr() for tensor in tensors))
+        step = self._graphs.pop(key, None)
+        if step is None:
+            step = _GraphStep(self.stage, ids, states)
+        else:
+            step.run(ids)
+        self._graphs[key] = step  # the latest last
+        if len(self._graphs) > STEP_PROGRAMS:
+            del self._graphs[next(iter(self._graphs))]
+        return step.logits.clone()
+
+    def _recorded_step(self, ids: torch.Tensor, states: ModelState) -> torch.Tensor:
         key = (len(ids), library.current(), torch.get_num_threads())
         step = self._steps.pop(key, None)
         logits = torch.empty(len(ids), self.shape.vocab_size)
@@ -206,7 +249,7 @@ class Model:
     @torch.inference_mode()
     def _read(self, ids: torch.Tensor, state: ModelState) -> torch.Tensor:
         """The residual stream [T, C] of the tokens `ids` [T]; advances `state`, of one segment."""
-        rows = torch.tensor([[0, len(ids)]], dtype=torch.int32)
+        rows = self.stage.device.upload(torch.tensor([[0, len(ids)]], dtype=torch.int32))
         x, v_first = self.stage.embed(ids), None
         for layer, own in zip(self.stage.layers, state.layers, strict=True):
             x, v_first = layer.forward(x, v_first, own, rows)
@@ -236,14 +279,6 @@ class Model:
                 f"0..{self.shape.vocab_size - 1}"
             )
         return ids
-
-
-def _norm(checkpoint: Checkpoint, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a normalisation, float32; UserError unless they are finite."""
-    names = (f"{name}.weight", f"{name}.bias")
-    check_finite(checkpoint, names)
-    weight, bias = (checkpoint.tensor(part).float().contiguous() for part in names)
-    return weight, bias
 
 
 class _Step:
@@ -277,11 +312,35 @@ class _Step:
         self._program.run()
 
 
-def check_kind(dtype: str) -> str:
-    """`dtype` if matrices can be held so on a CPU: "float32", "bfloat16" or "int8"; UserError for any other."""
-    if dtype not in KINDS:
-        raise UserError(f"weights cannot be used as {dtype}: on a CPU choose --dtype float32, bfloat16 or int8")
-    return dtype
+class _GraphStep:
+    """One single-token step of given states on a GPU: `logits` [B, V] float32, overwritten by the next `run`."""
+
+    @torch.inference_mode()
+    def __init__(self, stage: Stage, ids: torch.Tensor, states: ModelState) -> None:
+        """Takes the first step."""
+        self.logits = stage.empty(len(ids), stage.shape.vocab_size)
+        self._tokens = stage.device.upload(ids)
+        self._states = states  # whose memory the graph knows
+        self._workspace = stage.device.workspace()
+        rows = stage.device.upload(torch.tensor([[i, 1] for i in range(len(ids))], dtype=torch.int32))
+        shared = stage.resources.exchange_workspace(self._workspace)
+
+        def body() -> None:
+            x, v_first = stage.embed(self._tokens), None
+            for layer, own in zip(stage.layers, states.layers, strict=True):
+                x, v_first = layer.forward(x, v_first, own, rows)
+            stage.logits(stage.finish(x, stage.dtype), self.logits)
+
+        try:
+            self._replay = stage.device.graph(body)
+        finally:
+            stage.resources.exchange_workspace(shared)
+
+    @torch.inference_mode()
+    def run(self, ids: torch.Tensor) -> None:
+        """Advance the states by `ids`."""
+        self._tokens.copy_(ids)
+        self._replay()
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Model:

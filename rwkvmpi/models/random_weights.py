@@ -157,6 +157,11 @@ def random_weights(
     return {name: tensor.make() for name, tensor in lazy_weights(shape, seed, dtype).items()}
 
 
+def draw_tensor(shape: ModelShape, name: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """The tensor of this canonical name in its canonical shape, drawn on `device`; other devices draw other numbers."""
+    return _maker(shape, name, all_tensors(shape)[name], seed, dtype, device)()
+
+
 def lazy_weights(shape: ModelShape, seed: int, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """As `random_weights`, but nothing is made yet."""
     result = {}
@@ -178,17 +183,17 @@ def _as_in_file(shape: ModelShape, name: str, size: tuple[int, ...]) -> tuple[st
 
 
 def _maker(
-    shape: ModelShape, name: str, size: tuple[int, ...], seed: int, dtype: torch.dtype
+    shape: ModelShape, name: str, size: tuple[int, ...], seed: int, dtype: torch.dtype, device: str = "cpu"
 ) -> Callable[[], torch.Tensor]:
     def make() -> torch.Tensor:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
         def normal(deviation: float, mean: float = 0.0) -> torch.Tensor:
-            return torch.randn(size, generator=generator).mul_(deviation).add_(mean)
+            return torch.randn(size, generator=generator, device=device).mul_(deviation).add_(mean)
 
         def uniform(low: float, high: float) -> torch.Tensor:
-            return torch.rand(size, generator=generator).mul_(high - low).add_(low)
+            return torch.rand(size, generator=generator, device=device).mul_(high - low).add_(low)
 
         return _draw(shape, name, normal, uniform).to(dtype)
 

@@ -39,7 +39,7 @@ class Layer(LayerBase):
     def first_value(self, x: torch.Tensor, v_first: torch.Tensor | None) -> torch.Tensor | None:
         if (v_first is None) != (self.index == 0):
             raise ValueError(f"RWKV-7: layer 0 makes v_first, all others need it (this is layer {self.index})")
-        return torch.empty_like(x) if v_first is None else v_first
+        return torch.empty_like(x, dtype=self.resources.between) if v_first is None else v_first
 
     def time_mix(self, x: torch.Tensor, v_first: torch.Tensor | None, state: LayerState, rows: torch.Tensor) -> None:
         x_r, x_w, x_k, x_v, x_a, x_g = self.shift_mix(x, self.ln1, state.shift[:, 0], self.mixes, rows)
@@ -65,4 +65,4 @@ class Layer(LayerBase):
 
     def channel_mix(self, x: torch.Tensor, state: LayerState, rows: torch.Tensor) -> None:
         (x_k,) = self.shift_mix(x, self.ln2, state.shift[:, 1], self.ffn_mix, rows)
-        ops.product_into(x, self.product(x_k, self.ffn_key, "relu_squared", self.dtype), self.ffn_value, "add")
+        self.add_value(x, self.hidden_key(x_k, self.ffn_key), self.ffn_value)

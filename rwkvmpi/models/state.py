@@ -41,20 +41,37 @@ class LayerState:
     shift: torch.Tensor
 
     @classmethod
-    def zeros(cls, shape: ModelShape, segments: int) -> Self:
+    def zeros(cls, shape: ModelShape, segments: int, device: torch.device | str = "cpu") -> Self:
         """The state of `segments` documents before their first token, for a model without a stored start state."""
-        wkv = torch.zeros(segments, *wkv_shape(shape))
-        if shape.version == "4":
-            wkv[:, 2] = RWKV4_START
-        return cls(wkv, torch.zeros(segments, 2, shape.n_embd))
+        return cls.initial(shape, segments, None, device)
 
     @classmethod
-    def initial(cls, shape: ModelShape, segments: int, time_state: torch.Tensor | None = None) -> Self:
+    def initial(
+        cls,
+        shape: ModelShape,
+        segments: int,
+        time_state: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
         """Like `zeros`, but the WKV state starts at `time_state` [H, N value, N key] where the model file has one."""
-        state = cls.zeros(shape, segments)
-        if time_state is not None:
-            state.wkv.copy_(time_state)
+        wkv = torch.empty(segments, *wkv_shape(shape), device=device)
+        state = cls(wkv, torch.empty(segments, 2, shape.n_embd, device=device))
+        state.begin(time_state)
         return state
+
+    def begin(self, time_state: torch.Tensor | None = None) -> None:
+        """Set every segment to a document before its first token."""
+        self.shift.zero_()
+        if time_state is not None:
+            self.wkv.copy_(time_state)
+            return
+        self.wkv.zero_()
+        if self.wkv.dim() == 3:  # RWKV-4
+            self.wkv[:, 2] = RWKV4_START
+
+    def arrays(self, segment: int) -> tuple[np.ndarray, np.ndarray]:
+        """One segment's wkv and shift in the host's memory (on a CPU: the same memory)."""
+        return self.wkv[segment].cpu().numpy(), self.shift[segment].cpu().numpy()
 
     @property
     def segments(self) -> int:
@@ -80,16 +97,22 @@ class LayerState:
 
         `segment` counts from the end when negative. ValueError when the buffer does not fit.
         """
-        target, cut = self._as_bytes(buffer)
-        target[:cut].copy_(self.wkv[segment].reshape(-1).view(torch.uint8))
-        target[cut:].copy_(self.shift[segment].reshape(-1).view(torch.uint8))
+        for target, source in self.parts(buffer, segment):
+            target.copy_(source)
 
     @torch.inference_mode()
     def unpack_from(self, buffer: torch.Tensor | np.ndarray, segment: int = 0) -> None:
         """Set one segment from the bytes that `pack_into` wrote; bit for bit. ValueError when they do not fit."""
-        source, cut = self._as_bytes(buffer)
-        self.wkv[segment].view(-1).view(torch.uint8).copy_(source[:cut])
-        self.shift[segment].view(-1).view(torch.uint8).copy_(source[cut:])
+        for source, target in self.parts(buffer, segment):
+            target.copy_(source, non_blocking=True)
+
+    def parts(
+        self, buffer: torch.Tensor | np.ndarray, segment: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The bytes of wkv and of shift: (where they are in `buffer`, where they are in this state), uint8 each."""
+        data, cut = self._as_bytes(buffer)
+        wkv, shift = (tensor[segment].view(-1).view(torch.uint8) for tensor in (self.wkv, self.shift))
+        return (data[:cut], wkv), (data[cut:], shift)
 
     def _as_bytes(self, buffer: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, int]:
         data = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
@@ -131,9 +154,9 @@ class ModelState:
         """Every layer's wkv and shift."""
         return [tensor for layer in self.layers for tensor in (layer.wkv, layer.shift)]
 
-    def check(self, shape: ModelShape, segments: int | None = None) -> None:
+    def check(self, shape: ModelShape, segments: int | None = None, lossy: bool = False) -> None:
         """UserError unless this state has the shapes that a model of `shape` needs, contiguous float32, for `segments`
-        documents (None: any number of them)."""
+        documents (None: any number of them). lossy: float16 will do for the WKV part."""
         count = self.segments if segments is None and self.layers else segments or 1
         expected = (shape.n_layer, (count, *wkv_shape(shape)), (count, 2, shape.n_embd))
         shapes = {(tuple(layer.wkv.shape), tuple(layer.shift.shape)) for layer in self.layers}
@@ -142,8 +165,12 @@ class ModelState:
                 f"the state given has {len(self.layers)} layers of {_words(sorted(shapes))}, but this model needs "
                 f"{shape.n_layer} layers of {_words([expected[1:]])}"
             )
-        if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in self.tensors()):
-            raise UserError("the state given is not contiguous float32 throughout")
+        if not all(tensor.is_contiguous() for tensor in self.tensors()):
+            raise UserError("the state given is not contiguous throughout")
+        allowed = {torch.float32, torch.float16} if lossy else {torch.float32}
+        kinds = {layer.wkv.dtype for layer in self.layers}
+        if len(kinds) > 1 or not kinds <= allowed or {layer.shift.dtype for layer in self.layers} != {torch.float32}:
+            raise UserError("the state given is not float32 throughout")
 
 
 def _words(shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:

@@ -17,7 +17,7 @@ from rwkvmpi.ops.norms import (
     shift_pair,
     shift_pair_into,
 )
-from rwkvmpi.ops.product import Packed, pack, packed_bytes, product, product_into
+from rwkvmpi.ops.product import Packed, pack, packed_bytes, product, product_into, relu_squared_scale
 from rwkvmpi.ops.replay import Program
 from rwkvmpi.ops.time_mix import (
     v4_time_mix,
@@ -47,6 +47,7 @@ __all__ = [
     "packed_bytes",
     "product",
     "product_into",
+    "relu_squared_scale",
     "shift_mix",
     "shift_mix_into",
     "shift_pair",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from rwkvmpi.ops.cuda import library as cuda
+
 FLOAT32 = (torch.float32,)
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -19,6 +21,13 @@ def tensor(op: str, name: str, x: torch.Tensor, shape: Sequence[int], dtypes: Se
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, but it has {list(x.shape)}")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, but its strides are {list(x.stride())}")
+
+
+def computed(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of an operator's matrices beside x: float32 on a CPU, on a GPU that of x, if it is known."""
+    if not cuda.takes(x):
+        return FLOAT32
+    return (x.dtype,) if x.dtype in cuda.DTYPES else tuple(cuda.DTYPES)
 
 
 def dimensions(op: str, name: str, x: torch.Tensor, count: int) -> list[int]:
@@ -35,10 +44,12 @@ def heads(op: str, channels: int, count: int) -> int:
     return channels // count
 
 
-def out_dtype(op: str, dtype: torch.dtype) -> None:
-    """Outputs are float32 or bfloat16 (else TypeError)."""
-    if dtype not in FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32 or bfloat16, but it is {str(dtype).removeprefix('torch.')}")
+def out_dtype(op: str, dtype: torch.dtype, x: torch.Tensor, same: bool = False) -> None:
+    """Outputs are float32 or bfloat16, on a GPU float16 too; if `same`, there only what x is (else TypeError)."""
+    allowed = FLOATS if not cuda.takes(x) else (x.dtype,) if same else tuple(cuda.DTYPES)
+    if dtype not in allowed:
+        names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise TypeError(f"{op}: out_dtype must be {names}, but it is {str(dtype).removeprefix('torch.')}")
 
 
 def rows_tensor(op: str, rows: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkvmpi.ops import check, library
+from rwkvmpi.ops.cuda.library import DTYPES, takes
 from rwkvmpi.ops.registry import operator
 
 _all_finite = library.bind("all_finite", "pili", int)
@@ -13,7 +14,12 @@ _fold_rows = library.bind("fold_rows", "pplll")
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x (float32 or bfloat16 on the CPU, contiguous, any shape) holds neither NaN nor Inf."""
+    """Whether x (float32 or bfloat16, on a GPU float16 too; contiguous, any shape) holds neither NaN nor Inf."""
+    if takes(x):
+        from rwkvmpi.ops.cuda import elementwise
+
+        check.tensor("all_finite", "x", x, x.shape, tuple(DTYPES))
+        return bool(elementwise.all_finite(x))
     check.tensor("all_finite", "x", x, x.shape, check.FLOATS)
     if x.device.type != "cpu":
         raise ValueError(f"all_finite: x must be on the CPU, but it is on {x.device}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkvmpi.ops import check, library
+from rwkvmpi.ops.cuda.library import takes
 from rwkvmpi.ops.product import KINDS, Packed, packed_bytes
 from rwkvmpi.ops.registry import operator
 
@@ -15,13 +16,17 @@ _head_logprobs = library.bind("head_logprobs", "ipllpllppi")
 def _outputs(x: Tensor, data: Tensor, kind: str, outputs: int, targets: Tensor) -> Tensor:
     op = "head_logprobs"
     rows, inputs = check.dimensions(op, "x", x, 2)
-    check.tensor(op, "x", x, [rows, inputs], (torch.float32 if kind == "float32" else torch.bfloat16,))
-    check.tensor(op, "weight", data, [packed_bytes(kind, outputs, inputs)], (torch.uint8,))
+    check.tensor(op, "x", x, [rows, inputs], (torch.bfloat16 if kind == "int8" else getattr(torch, kind),))
+    check.tensor(op, "weight", data, [packed_bytes(kind, outputs, inputs, takes(x))], (torch.uint8,))
     check.tensor(op, "targets", targets, [rows], (torch.int64,))
     return x.new_empty(rows, dtype=torch.float32)
 
 
-@operator("head_logprobs(Tensor x, Tensor data, str kind, int outputs, Tensor targets) -> Tensor", _outputs)
+@operator(
+    "head_logprobs(Tensor x, Tensor data, str kind, int outputs, Tensor targets) -> Tensor",
+    _outputs,
+    cuda="head:head_logprobs_into",
+)
 def _run(out: Tensor, x: Tensor, data: Tensor, kind: str, outputs: int, targets: Tensor) -> None:
     rows, inputs = x.shape
     if not rows:
@@ -39,7 +44,8 @@ def head_logprobs(x: Tensor, weight: Packed, targets: Tensor) -> Tensor:
 
     x: [T, C], float32 for a weight of kind float32, else bfloat16; weight: packed [V, C]; targets: int32 or int64 [T],
     each -1 or 0..V-1. The logits are float32 and exist for 512 ids at a time; their exponentials are summed in float32
-    within such a block and in float64 over the blocks, in the order of the ids.
+    within such a block and in float64 over the blocks, in the order of the ids. On a GPU a target outside the
+    vocabulary gives NaN, and the blocks are others.
     """
     if targets.dtype == torch.int32:
         targets = targets.long()

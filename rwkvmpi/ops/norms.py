@@ -35,12 +35,14 @@ def _norm_arguments(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[in
 
 def _layer_norm_outputs(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     _norm_arguments("layer_norm", x, weight, bias)
-    check.out_dtype("layer_norm", out_dtype)
+    check.out_dtype("layer_norm", out_dtype, x)
     return torch.empty_like(x, dtype=out_dtype)
 
 
 @operator(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor", _layer_norm_outputs
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor",
+    _layer_norm_outputs,
+    cuda="norms:layer_norm_into",
 )
 def _run_layer_norm(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS, _: torch.dtype | None = None
@@ -68,7 +70,7 @@ def _check_shift(
     if shift.dim() == 2 and shift.stride(1) == 1 and shift.stride(0) >= shift.shape[1]:
         shift = shift.as_strided(shift.shape, (shift.shape[1], 1))  # its rows may lie apart, in a larger state
     check.tensor(op, "shift", shift, [segment_count(op, rows, shape[0]), shape[1]])
-    check.out_dtype(op, out_dtype)
+    check.out_dtype(op, out_dtype, x)
     return [count, *shape]
 
 
@@ -82,6 +84,7 @@ def _shift_mix_outputs(
     "shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor(a!) shift, Tensor mixes, Tensor rows, ScalarType out_dtype)"
     " -> Tensor",
     _shift_mix_outputs,
+    cuda="norms:shift_mix_into",
 )
 def _run_shift_mix(
     mixed: Tensor,
@@ -129,6 +132,7 @@ def _shift_pair_outputs(
     "shift_pair(Tensor x, Tensor weight, Tensor bias, Tensor(a!) shift, Tensor mixes, Tensor rows,"
     " ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     _shift_pair_outputs,
+    cuda="norms:shift_pair_into",
 )
 def _run_shift_pair(
     out: tuple[Tensor | None, Tensor | None, Tensor],
@@ -180,7 +184,11 @@ def _embed_outputs(tokens: Tensor, table: Tensor, weight: Tensor | None, bias: T
     return table.new_empty([tokens.shape[0], channels], dtype=torch.float32)
 
 
-@operator("embed(Tensor tokens, Tensor table, Tensor? weight, Tensor? bias) -> Tensor", _embed_outputs)
+@operator(
+    "embed(Tensor tokens, Tensor table, Tensor? weight, Tensor? bias) -> Tensor",
+    _embed_outputs,
+    cuda="norms:embed_into",
+)
 def _run_embed(x: Tensor, tokens: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     _embed(
         *(tokens, tokens.dtype == torch.int64, table, _TABLES.index(table.dtype), weight, bias, x),

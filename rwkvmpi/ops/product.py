@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkvmpi.ops import check, library
-from rwkvmpi.ops.registry import operator
+from rwkvmpi.ops.cuda.library import takes
+from rwkvmpi.ops.registry import SAME, operator
 
 _product = library.bind("product", "ipllpllipippppi")
 _pack = library.bind("pack", "ipillllpi")
@@ -25,9 +27,9 @@ MOST_INT8_INPUTS = 131072  # 127 * 127 times as many fit an int32
 class Packed(NamedTuple):
     """A weight [N outputs, K inputs] in the order in which the products read it (`pack`).
 
-    kind: "float32", "bfloat16" or "int8"; data: uint8 [packed_bytes(kind, N, K)], aligned to 64 bytes: panels
+    On a CPU: kind: "float32", "bfloat16" or "int8"; data: uint8 [packed_bytes(kind, N, K)], aligned to 64 bytes: panels
     [ceil(N/32)][ceil(K/g)][32][g] (g = 1, 2, 4), padded with zeros; for int8 then a float32 scale and an int32 sum of
-    the quantised weights per output, ceil(N/32)*32 of each.
+    the quantised weights per output, ceil(N/32)*32 of each. On a GPU: "float32", "bfloat16" or "float16"; the matrix.
     """
 
     kind: str
@@ -37,12 +39,14 @@ class Packed(NamedTuple):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """The dtype of x in `product`: float32 for "float32", else bfloat16."""
-        return torch.float32 if self.kind == "float32" else torch.bfloat16
+        """The dtype of x in `product`: that of the kind, bfloat16 for "int8"."""
+        return torch.bfloat16 if self.kind == "int8" else getattr(torch, self.kind)
 
 
-def packed_bytes(kind: str, outputs: int, inputs: int) -> int:
+def packed_bytes(kind: str, outputs: int, inputs: int, on_gpu: bool = False) -> int:
     """Bytes of a packed weight [outputs, inputs]. ValueError for an unknown kind."""
+    if on_gpu:
+        return _on_gpu().packed_bytes(kind, outputs, inputs)
     check_kind("packed_bytes", kind)
     panels = -(-outputs // PANEL)
     return panels * PANEL * (4 * -(-inputs // _GROUPS[kind]) + (8 if kind == "int8" else 0))
@@ -54,12 +58,22 @@ def check_kind(op: str, kind: str) -> None:
         raise ValueError(f"{op}: kind must be {', '.join(KINDS)}, but it is {kind!r}")
 
 
-def pack(weight: Tensor, kind: str, out: Tensor | None = None) -> Packed:
+def _on_gpu() -> ModuleType:
+    from rwkvmpi.ops.cuda import product  # which needs this module
+
+    return product
+
+
+def pack(weight: Tensor, kind: str, out: Tensor | None = None, on_gpu: bool = False) -> Packed:
     """weight [N, K], float32, bfloat16 or float16, of any strides (w.t() is fine), all finite, as `kind`.
 
     int8 is symmetric per output: scale max|w|/127, rounded to nearest even. out: uint8 [packed_bytes(kind, N, K)] that
-    shall hold the data, aligned to 64 bytes. TypeError and ValueError as for the operators.
+    shall hold the data, aligned to 64 bytes. on_gpu: for products on a GPU, where `out`, or else weight, lies.
+    TypeError and ValueError as for the operators.
     """
+    if on_gpu:
+        packed: Packed = _on_gpu().pack(weight, kind, out)
+        return packed
     check_kind("pack", kind)
     outputs, inputs = check.dimensions("pack", "weight", weight, 2)
     if weight.dtype not in _SOURCES:
@@ -88,23 +102,38 @@ def product_into(
     u: Tensor | None = None,
     d: Tensor | None = None,
     mix: Tensor | None = None,
+    scale: float = 1.0,
 ) -> None:
-    """`product` into `out` [M, N], float32 or bfloat16, contiguous; for the layers: nothing is checked."""
+    """`product` into `out` [M, N], float32 or bfloat16, contiguous; for the layers: nothing is checked.
+
+    scale multiplies the sums before `op`, on a GPU: `relu_squared_scale`."""
+    if takes(out):
+        _on_gpu().product_into(out, x, w, op, gate, u, d, mix, scale)
+        return
     _product(
         *(KINDS[w.kind], x, x.stride(0), x.shape[0], w.data, w.outputs, w.inputs, OPS[op]),
         *(out, out.dtype == torch.bfloat16, gate, u, d, mix, torch.get_num_threads()),
     )
 
 
+def relu_squared_scale(dtype: torch.dtype) -> float:
+    """What `product_into` needs as `scale` so that relu_squared stays in the range of `dtype`: a power of 2.
+
+    The product that uses its results takes 1 / its square."""
+    return 1 / 16 if dtype == torch.float16 else 1.0
+
+
 def _shape(x: Tensor, data: Tensor, kind: str, outputs: int) -> list[int]:
     """Checks x and the weight; the output's shape."""
-    check_kind("product", kind)
+    on_gpu = takes(x)
+    if not on_gpu:
+        check_kind("product", kind)
     rows, inputs = check.dimensions("product", "x", x, 2)
-    wanted = torch.float32 if kind == "float32" else torch.bfloat16
+    wanted = torch.bfloat16 if kind == "int8" else getattr(torch, kind)
     check.tensor("product", "x", x[:0], [0, inputs], (wanted,))
     if x.stride(1) != 1 and inputs > 1:
         raise ValueError(f"product: x's rows must be contiguous, but its strides are {list(x.stride())}")
-    check.tensor("product", "w", data, [packed_bytes(kind, outputs, inputs)], (torch.uint8,))
+    check.tensor("product", "w", data, [packed_bytes(kind, outputs, inputs, on_gpu)], (torch.uint8,))
     return [rows, outputs]
 
 
@@ -120,7 +149,7 @@ def _product_outputs(
     mix: Tensor | None,
 ) -> Tensor:
     shape = _shape(x, data, kind, outputs)
-    check.out_dtype("product", out_dtype)
+    check.out_dtype("product", out_dtype, x)
     for name, given, wanted in (("u", u, shape), ("d", d, shape), ("mix", mix, shape[1:])):
         if (given is not None) != (op == "mix"):
             raise ValueError(f"product: {name} belongs to op mix, and op is {op!r}")
@@ -133,6 +162,7 @@ def _product_outputs(
     "product(Tensor x, Tensor data, str kind, int outputs, str op, ScalarType out_dtype, Tensor? u, Tensor? d, "
     "Tensor? mix) -> Tensor",
     _product_outputs,
+    cuda=SAME,
 )
 def _run_product(
     out: Tensor,
@@ -153,12 +183,13 @@ def _product_add_outputs(out: Tensor, x: Tensor, data: Tensor, kind: str, output
     shape = _shape(x, data, kind, outputs)
     check.tensor("product", "out", out, shape)
     if gate is not None:
-        check.tensor("product", "gate", gate, shape)
+        check.tensor("product", "gate", gate, shape, check.computed(x))
 
 
 @operator(
     "product_add(Tensor(a!) out, Tensor x, Tensor data, str kind, int outputs, Tensor? gate) -> ()",
     _product_add_outputs,
+    cuda=SAME,
 )
 def _run_product_add(
     _: None, out: Tensor, x: Tensor, data: Tensor, kind: str, outputs: int, gate: Tensor | None

@@ -1,9 +1,13 @@
 """The time mixes between their matrix products, each in one pass, with the state updated in place.
 
+On a GPU the [T, C] inputs and outputs have one dtype: float32, bfloat16 or float16.
+
 Each `..._into(outputs, *arguments)` fills given outputs without checks, for the layers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +34,12 @@ def _check_heads(op: str, r: Tensor, bonus: Tensor, state: Tensor, rows: Tensor)
     return shape, [heads, size]
 
 
-def _check_all(op: str, shape: list[int], **tensors: Tensor | None) -> None:
+def _check_all(
+    op: str, shape: list[int], dtypes: Sequence[torch.dtype] = check.FLOAT32, **tensors: Tensor | None
+) -> None:
     for name, x in tensors.items():
         if x is not None:
-            check.tensor(op, name, x, shape)
+            check.tensor(op, name, x, shape, dtypes)
 
 
 def _v7_outputs(
@@ -62,10 +68,11 @@ def _v7_outputs(
     shape, head_shape = _check_heads(op, r, r_k, state, rows)
     if v_first is not None and (v_lin is None or v0 is None):
         raise ValueError(f"{op}: v_first needs v_lin and v0")
-    _check_all(op, shape, r=r, k=k, v=v, w_lin=w_lin, a_lin=a_lin, v_lin=v_lin, g=g, v_first=v_first)
+    matrices = {"r": r, "k": k, "v": v, "w_lin": w_lin, "a_lin": a_lin, "v_lin": v_lin, "g": g, "v_first": v_first}
+    _check_all(op, shape, check.computed(r), **matrices)
     _check_all(op, shape[1:], w0=w0, a0=a0, v0=v0, k_k=k_k, k_a=k_a, ln_weight=ln_weight, ln_bias=ln_bias)
     _check_all(op, head_shape, r_k=r_k)
-    check.out_dtype(op, out_dtype)
+    check.out_dtype(op, out_dtype, r, same=True)
     return torch.empty_like(r, dtype=out_dtype), r.new_empty(shape if v_first is None else [0])
 
 
@@ -74,6 +81,7 @@ def _v7_outputs(
     " Tensor w0, Tensor a0, Tensor? v0, Tensor k_k, Tensor k_a, Tensor r_k, Tensor ln_weight, Tensor ln_bias,"
     " Tensor(a!) state, Tensor rows, float eps, ScalarType out_dtype) -> (Tensor, Tensor)",
     _v7_outputs,
+    cuda="time_mix:v7_time_mix",
 )
 def _run_v7(
     out: tuple[Tensor, Tensor | None],
@@ -164,10 +172,10 @@ def _v6_outputs(
 ) -> Tensor:
     op = "v6_time_mix"
     shape, head_shape = _check_heads(op, r, u, state, rows)
-    _check_all(op, shape, r=r, k=k, v=v, w_lin=w_lin, g=g)
+    _check_all(op, shape, check.computed(r), r=r, k=k, v=v, w_lin=w_lin, g=g)
     _check_all(op, shape[1:], time_decay=time_decay, ln_weight=ln_weight, ln_bias=ln_bias)
     _check_all(op, head_shape, u=u)
-    check.out_dtype(op, out_dtype)
+    check.out_dtype(op, out_dtype, r, same=True)
     return torch.empty_like(r, dtype=out_dtype)
 
 
@@ -175,6 +183,7 @@ def _v6_outputs(
     "v6_time_mix(Tensor r, Tensor k, Tensor v, Tensor w_lin, Tensor time_decay, Tensor u, Tensor? g, Tensor ln_weight,"
     " Tensor ln_bias, Tensor(a!) state, Tensor rows, float eps, ScalarType out_dtype) -> Tensor",
     _v6_outputs,
+    cuda="time_mix:v6_time_mix",
 )
 def _run_v6(
     h: Tensor,
@@ -241,10 +250,10 @@ def _v5_outputs(
 ) -> Tensor:
     op = "v5_time_mix"
     shape, head_shape = _check_heads(op, r, u, state, rows)
-    _check_all(op, shape, r=r, k=k, v=v, g=g)
+    _check_all(op, shape, check.computed(r), r=r, k=k, v=v, g=g)
     _check_all(op, shape[1:], ln_weight=ln_weight, ln_bias=ln_bias)
     _check_all(op, head_shape, w=w, u=u)
-    check.out_dtype(op, out_dtype)
+    check.out_dtype(op, out_dtype, r, same=True)
     return torch.empty_like(r, dtype=out_dtype)
 
 
@@ -252,6 +261,7 @@ def _v5_outputs(
     "v5_time_mix(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? g, Tensor ln_weight, Tensor ln_bias,"
     " Tensor(a!) state, Tensor rows, float eps, ScalarType out_dtype) -> Tensor",
     _v5_outputs,
+    cuda="time_mix:v5_time_mix",
 )
 def _run_v5(
     h: Tensor,
@@ -307,10 +317,10 @@ def _v4_outputs(
 ) -> Tensor:
     op = "v4_time_mix"
     shape = check.dimensions(op, "r_lin", r_lin, 2)
-    _check_all(op, shape, r_lin=r_lin, k=k, v=v)
+    _check_all(op, shape, check.computed(r_lin), r_lin=r_lin, k=k, v=v)
     _check_all(op, shape[1:], w=w, u=u)
     check.tensor(op, "state", state, [segment_count(op, rows, shape[0]), 3, shape[1]])
-    check.out_dtype(op, out_dtype)
+    check.out_dtype(op, out_dtype, r_lin, same=True)
     return torch.empty_like(r_lin, dtype=out_dtype)
 
 
@@ -318,6 +328,7 @@ def _v4_outputs(
     "v4_time_mix(Tensor r_lin, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor rows,"
     " ScalarType out_dtype) -> Tensor",
     _v4_outputs,
+    cuda="time_mix:v4_time_mix",
 )
 def _run_v4(
     h: Tensor,

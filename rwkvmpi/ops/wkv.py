@@ -1,4 +1,7 @@
-"""The WKV recurrences of RWKV-4 to 7 over the segments of a chunk. What they compute: `rwkvmpi.ops.reference`."""
+"""The WKV recurrences of RWKV-4 to 7 over the segments of a chunk. What they compute: `rwkvmpi.ops.reference`.
+
+On a GPU what is float32 [T, ...] here may be bfloat16 or float16 too, all of one dtype.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def _wkv7_outputs(
 ) -> tuple[Tensor, Tensor]:
     shape = _head_shape("wkv7", r)
     for name, x in zip("rwkvab", (r, w, k, v, a, b), strict=True):
-        check.tensor("wkv7", name, x, shape)
+        check.tensor("wkv7", name, x, shape, check.computed(r))
     _check_state("wkv7", state, rows, [shape[1], shape[2], shape[2]])
     return torch.empty_like(r), torch.empty_like(state)
 
@@ -55,6 +58,7 @@ def _wkv7_outputs(
 @operator(
     "wkv7(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor? rows) -> (Tensor, Tensor)",
     _wkv7_outputs,
+    cuda="wkv:wkv7",
 )
 def _run_wkv7(
     out: tuple[Tensor, Tensor],
@@ -88,8 +92,8 @@ def _wkv6_outputs(
 ) -> tuple[Tensor, Tensor]:
     shape = _head_shape(op, r)
     for name, x in zip("rkv", (r, k, v), strict=True):
-        check.tensor(op, name, x, shape)
-    check.tensor(op, "w", w, shape[1:] if op == "wkv5" else shape)
+        check.tensor(op, name, x, shape, check.computed(r))
+    check.tensor(op, "w", w, shape[1:] if op == "wkv5" else shape, check.FLOAT32 if op == "wkv5" else check.computed(r))
     check.tensor(op, "u", u, shape[1:])
     _check_state(op, state, rows, [shape[1], shape[2], shape[2]])
     return torch.empty_like(r), torch.empty_like(state)
@@ -104,6 +108,7 @@ def _wkv5_outputs(
 @operator(
     "wkv6(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? rows) -> (Tensor, Tensor)",
     _wkv6_outputs,
+    cuda="wkv:wkv6",
 )
 def _run_wkv6(
     out: tuple[Tensor, Tensor],
@@ -122,6 +127,7 @@ def _run_wkv6(
 @operator(
     "wkv5(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? rows) -> (Tensor, Tensor)",
     _wkv5_outputs,
+    cuda="wkv:wkv5",
 )
 def _run_wkv5(
     out: tuple[Tensor, Tensor],
@@ -159,15 +165,19 @@ def _wkv4_outputs(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = check.dimensions("wkv4", "k", k, 2)
-    check.tensor("wkv4", "k", k, shape)
-    check.tensor("wkv4", "v", v, shape)
+    check.tensor("wkv4", "k", k, shape, check.computed(k))
+    check.tensor("wkv4", "v", v, shape, check.computed(k))
     check.tensor("wkv4", "w", w, shape[1:])
     check.tensor("wkv4", "u", u, shape[1:])
     _check_state("wkv4", state, rows, [3, shape[1]])
     return torch.empty_like(k), torch.empty_like(state)
 
 
-@operator("wkv4(Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? rows) -> (Tensor, Tensor)", _wkv4_outputs)
+@operator(
+    "wkv4(Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? rows) -> (Tensor, Tensor)",
+    _wkv4_outputs,
+    cuda="wkv:wkv4",
+)
 def _run_wkv4(
     out: tuple[Tensor, Tensor], k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, rows: Tensor | None
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -12,13 +13,14 @@ SMALLEST_BLOCK = 2 << 20  # bytes
 
 
 class Workspace:
-    """A stack of buffers on huge pages.
+    """A stack of buffers, by default on huge pages; `allocate(bytes)` gives uint8 memory of any device.
 
     A chunk's intermediate results are tens of megabytes. Allocated anew for every operator they would cost a page fault
     every 4 KiB, and on small pages the processor would look up an address for every token it reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], torch.Tensor] = anonymous) -> None:
+        self._allocate = allocate
         self._blocks: list[torch.Tensor] = []
         self._used = 0  # bytes of the last block
         self._wanted = 0  # bytes taken since the last reset
@@ -26,7 +28,7 @@ class Workspace:
     def reset(self) -> None:
         """Everything taken so far may be handed out again. One block that holds all of it replaces several."""
         if len(self._blocks) > 1:
-            self._blocks = [anonymous(self._wanted)]
+            self._blocks = [self._allocate(self._wanted)]
         self._used = self._wanted = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -35,7 +37,7 @@ class Workspace:
         span = -(-nbytes // ALIGNMENT) * ALIGNMENT
         self._wanted += span
         if not self._blocks or self._used + span > self._blocks[-1].numel():
-            self._blocks.append(anonymous(max(span, SMALLEST_BLOCK)))
+            self._blocks.append(self._allocate(max(span, SMALLEST_BLOCK)))
             self._used = 0
         piece = self._blocks[-1][self._used : self._used + nbytes]
         self._used += span

@@ -22,7 +22,8 @@ class Recorder(Protocol):
 class Task:
     """One way of using a model on documents.
 
-    `consume` is called on the last stage with the hidden vectors of every chunk, in the order of the stream.
+    `evaluate` and `consume` are called on the last stage for every chunk, in the order of the stream; between the two
+    other chunks may be begun.
     `layer_done` is called on every stage after each layer. What a task must remember from one chunk of a document
     to the next it keeps in its carry, raw bytes that travel and are saved with the state: so the next chunk may be
     consumed on another rank, or in another job.
@@ -37,10 +38,14 @@ class Task:
         """The carry at the start of a document, uint8 [carry_bytes]."""
         return np.zeros(self.carry_bytes, dtype=np.uint8)
 
+    def evaluate(self, stage: Any, x: Any, targets: np.ndarray) -> Any:
+        """Last stage: what `consume` needs, a tensor on the stage's device, of the residual stream x [G, C]."""
+        return x[:0]
+
     def consume(
-        self, stage: Any, segments: np.ndarray, targets: np.ndarray, hidden: Any, carry: np.ndarray, recorder: Recorder
+        self, segments: np.ndarray, targets: np.ndarray, values: Any, carry: np.ndarray, recorder: Recorder
     ) -> np.ndarray:
-        """Use one chunk's hidden vectors (output after ln_out, float32 [G, C]).
+        """Use one chunk's `values`: what `evaluate` gave, in the host's memory.
 
         `segments` [D, 8] and `targets` int32 [G] (the next token, -1 none) as corpus.stream lays them; `carry` is
         the one that came with the first segment (fresh where it begins a document). Returns the carry that goes on

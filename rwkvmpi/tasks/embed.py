@@ -26,13 +26,16 @@ class EmbedTask(Task):
         self.width = width
         self.carry_bytes = 8 * width + 8
 
+    def evaluate(self, stage: Any, x: Any, targets: np.ndarray) -> Any:
+        return stage.finish(x)
+
     def consume(
-        self, stage: Any, segments: np.ndarray, targets: np.ndarray, hidden: Any, carry: np.ndarray, recorder: Recorder
+        self, segments: np.ndarray, targets: np.ndarray, values: Any, carry: np.ndarray, recorder: Recorder
     ) -> np.ndarray:
         for segment in segments:
             if segment[FLAGS] & BEGINS:
                 carry = self.first_carry()
-            carry = self._consume_segment(segment, hidden, carry, recorder)
+            carry = self._consume_segment(segment, values, carry, recorder)
         return carry
 
     def _consume_segment(self, segment: np.ndarray, hidden: Any, carry: np.ndarray, recorder: Recorder) -> np.ndarray:

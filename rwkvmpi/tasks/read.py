@@ -17,5 +17,4 @@ class ReadTask(Task):
     def layer_done(self, layer: int, segments: np.ndarray, state: Any, recorder: Recorder) -> None:
         for index, segment in enumerate(segments):
             if segment[FLAGS] & ENDS and not segment[FLAGS] & FAILED:
-                wkv, shift = state.wkv[index].numpy(), state.shift[index].numpy()
-                recorder.add_state(int(segment[DOC]), layer, wkv, shift)
+                recorder.add_state(int(segment[DOC]), layer, *state.arrays(index))

@@ -11,7 +11,8 @@ from oracle import Oracle
 from rwkvmpi.errors import UserError
 from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import open_checkpoint
-from rwkvmpi.models.model import KINDS, Stage, load_model
+from rwkvmpi.models.cost import KINDS
+from rwkvmpi.models.model import Stage, load_model
 from rwkvmpi.models.random_weights import random_weights, write_model, write_pth
 from rwkvmpi.models.state import LayerState, ModelState
 
@@ -76,7 +77,7 @@ def test_the_embedding_stays_in_the_file_and_kinds_differ_in_bytes(tmp_path: Pat
     large = random_weights("4", n_layer=1, n_embd=128, vocab_size=8192, seed=1, dtype=torch.bfloat16)
     checkpoint = open_checkpoint(write_pth(tmp_path / "large.pth", large))
     mapped = checkpoint.tensor("emb.weight").data_ptr()
-    stages = {kind: Stage(checkpoint, 0, 1, kind) for kind in KINDS}
+    stages = {kind: Stage(checkpoint, 0, 1, kind) for kind in KINDS["cpu"]}
     for stage in stages.values():
         assert stage.embedding.data_ptr() == mapped
         assert stage.embedding.dtype == torch.bfloat16
@@ -192,7 +193,7 @@ def test_foreign_states_devices_and_dtypes_are_refused() -> None:
         seven.forward([0], ModelState(seven.state().layers[:3]))
     with pytest.raises(UserError, match="cannot be used as float16"):
         load_model(model_file(SMALL["7"]), dtype="float16")
-    with pytest.raises(UserError, match="'cuda' cannot be used"):
+    with pytest.raises(UserError, match="no NVIDIA driver"):
         load_model(model_file(SMALL["7"]), device="cuda")
 
 

@@ -1,0 +1,1 @@
+"""The operators' bodies for CUDA tensors. Importing this package imports none of them."""

@@ -1,0 +1,14 @@
+"""Whether states are numbers, without asking the GPU for an answer now."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rwkvmpi.ops.cuda import library
+
+_mark_not_finite = library.bind("mark_not_finite", "ppll")
+
+
+def mark_not_finite(flags: Tensor, x: Tensor) -> None:
+    """flags[d], int32 [D], becomes 1 where x[d] holds NaN or Inf, and else stays what it is; x: float32 [D, ...]."""
+    _mark_not_finite(x, flags, x.shape[0], x.numel() // max(x.shape[0], 1))
