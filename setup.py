@@ -208,7 +208,7 @@ SOURCES = sorted(str(path) for path in HOST.glob("*.cpp"))
 HEADERS = sorted(str(path) for path in HOST.glob("*.h"))
 CUDA_SOURCES = sorted(str(path) for path in CUDA.glob("*.cu"))
 CUDA_HEADERS = sorted(str(path) for pattern in ("*.cuh", "*.h", "emulation/*.h") for path in CUDA.glob(pattern))
-TEST_TOOLS = ["pytest", "hypothesis", "ruff", "mypy", "rwkv==0.8.32"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "rwkv==0.8.32"]
 
 setup(
     name="rwkvmpi",

@@ -91,6 +91,7 @@ extern "C" int rwkvmpi_cuda_v7_time_mix(const void* r, const void* k, const void
     CHECK(aligned16({r, k, v, w_lin, a_lin, v_lin, g, v_first, w0, a0, v0, k_k, k_a, r_k, ln_weight, ln_bias, state, h,
                      v_out, scratch}),
           MISALIGNED);
+  CHECK((uintptr_t)rows % alignof(int32_t) == 0, MISALIGNED);
   DeviceGuard guard(device);
   if (guard.error) return guard.error;
   return body == SEQUENTIAL    ? launch_v7_sequential(x, dtype, stream)

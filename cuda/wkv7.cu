@@ -197,6 +197,7 @@ extern "C" int rwkvmpi_cuda_wkv7(const void* r, const void* w, const void* k, co
   CHECK(all_on(dtype == FLOAT32 ? 4 : 2, {r, w, k, v, a, b, y}), MISALIGNED);
   const bool on_vectors = all_on(16, {r, w, k, v, a, b, y});
   const bool state_vectors = n % 4 == 0 && all_on(16, {state_in, state_out});
+  CHECK(body != 2 || (on_vectors && state_vectors), MISALIGNED);
   DeviceGuard guard(device);
   if (guard.error) return guard.error;
   if (body == 2 || (body == 0 && tiles && on_vectors && state_vectors && tokens > 0))

@@ -34,9 +34,9 @@ template <typename F> int with_size(int64_t size, const F& run) {
   return run(LayoutOf<256>{});
 }
 
-bool aligned(std::initializer_list<const void*> pointers) {
+bool aligned(std::initializer_list<const void*> pointers, int boundary = 16) {
   for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+    if (reinterpret_cast<uintptr_t>(p) % boundary) return false;
   return true;
 }
 
@@ -93,6 +93,7 @@ extern "C" int rwkvmpi_cuda_wkv7_train_forward(const void* r, const void* w, con
       }
     }
     CHECK(body != TILES, UNSUPPORTED);
+    CHECK(aligned({r, w, k, v, a, b, y}, sizeof(E)) && aligned({state, last, stored}, sizeof(float)), MISALIGNED);
     return with_size(size, [&](auto layout) -> int {
       using L = decltype(layout);
       return LAUNCH((forward_tokens<E, L>), dim3(blocks.x, L::GROUPS), dim3(THREADS), sizeof(Chunk<L>), stream, x);
@@ -132,6 +133,8 @@ extern "C" int rwkvmpi_cuda_wkv7_train_backward(const void* r, const void* w, co
       }
     }
     CHECK(body != TILES || tokens == 0, UNSUPPORTED);
+    CHECK(aligned({r, w, k, v, a, b, dy, dr, dw, dk, dv, da, db}, sizeof(E)), MISALIGNED);
+    CHECK(aligned({stored, dlast, dstate}, sizeof(float)), MISALIGNED);
     return with_size(size, [&](auto layout) -> int {
       using L = decltype(layout);
       return LAUNCH((backward_tokens<E, L>), blocks, dim3(THREADS), sizeof(Work<L>), stream, x);

@@ -15,8 +15,7 @@ namespace sequential {
 // multiply-adds, but 20 reads of 16 bytes per token instead of 10: more than shared memory delivers meanwhile.
 template <int CAPACITY_> struct RowLayout {
   static constexpr int CAPACITY = CAPACITY_;
-  static constexpr int LANES = CAPACITY > 256 ? 32 : CAPACITY / 8, KEYS = CAPACITY / LANES;
-  static constexpr int ROWS = CAPACITY == 128 || CAPACITY == 256 ? 4 : 2;
+  static constexpr int LANES = CAPACITY == 64 ? 8 : 32, KEYS = CAPACITY / LANES, ROWS = 2;
   static constexpr int GROUPS = 32 / LANES, WARP_ROWS = GROUPS * ROWS;
 
   // Neighbouring lanes read the same keys of an operand: then 16 bytes each take shared memory two cycles, not four.
@@ -27,13 +26,12 @@ template <int CAPACITY_> struct RowLayout {
   static __device__ __forceinline__ int key(int i) { return i / 4 * (4 * LANES) + 4 * part() + i % 4; }
 };
 
-// The smallest capacity that holds n keys, as the type of an argument of f.
+// The smallest capacity that holds n keys, as the type of an argument of f: 64 for every released model.
 template <int CAPACITY> struct Capacity {
   static constexpr int value = CAPACITY;
 };
 template <class F> inline int dispatch_capacity(int64_t n, F f) {
   if (n <= 64) return f(Capacity<64>());
-  if (n <= 128) return f(Capacity<128>());
   return f(Capacity<512>());
 }
 

@@ -11,6 +11,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
 TORCH=torch==2.13.0
 
+# The kernels for GPUs take minutes to compile: without being asked only where there is a GPU.
+[ -e /dev/nvidiactl ] || export RWKVMPI_CUDA="${RWKVMPI_CUDA:-0}"
+
 say() { printf '==> %s\n' "$*" >&2; }
 
 die() {

@@ -13,13 +13,23 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
+say "the kernels for GPUs, in the background"
+mkdir -p build
+RWKVMPI_CUDA=auto nice -n 19 python setup.py --quiet build_ext --inplace >build/cuda.log 2>&1 &
+kernels=$!
+trap 'kill $kernels 2>/dev/null || true' EXIT
 say "ruff"
 ruff check .
 ruff format --check .
 say "mypy"
 mypy
 say "tests of one process"
-python -m pytest -q -m "not parallel"
+cores=$(nproc)
+python -m pytest -q -n "$((cores < 8 ? cores : 8))" -m "not parallel" --ignore tests/cuda/test_build.py
+say "the kernels for GPUs"
+wait $kernels || true
+tail -n 20 build/cuda.log
+python -m pytest -q tests/cuda/test_build.py
 say "tests that start ranks"
 python -m pytest -q -m parallel
 say "all passed"

@@ -22,6 +22,8 @@ from rwkvmpi.config import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, ROW_ALIGNMENT
 from rwkvmpi.grid.plan import Machine
 
 SHORTEST_RUN_S = 10.0
+# Per second, of a large GPU's products; "auto" is bfloat16 there.
+GPU_FLOPS = {"auto": 400e12, "bfloat16": 400e12, "float16": 400e12, "float32": 40e12}
 WORTH_CHANGING = 1.02  # so much faster a chunk must be than the default one
 EQUALLY_FAST = 0.995  # of several chunks, within this, the largest is taken: fewer hops per token
 MOST_BYTES = 1 << 20
@@ -135,7 +137,7 @@ def update(change: Callable[[Figures], None]) -> Path | None:
 def load_machine(device: str, dtype: str, threads: int) -> Machine:
     """The measured figures for this kind of rank; what was not measured is Machine's default."""
     figures = load()
-    machine = Machine()
+    machine = Machine() if device == "cpu" else Machine(flops_per_second=GPU_FLOPS[dtype])
     if (speed := figures.speeds.get(_key(device, dtype, threads))) is not None:
         machine = machine.with_speed(speed.flops_per_second, str(speed))
     if (hop := figures.hop) is not None:

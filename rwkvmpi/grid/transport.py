@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+PAGE = 4096  # bytes
 SPINS_BEFORE_SLEEP = 200
 SLEEP_S = 20e-6  # long enough to hand the core to another rank where there are more ranks than cores
 
@@ -76,10 +77,11 @@ class MpiTransport:
         return MpiSender(self._comm, dest, tag, self._buffers(nbytes, depth), self._idle)
 
     def _buffers(self, nbytes: int, depth: int) -> list[np.ndarray]:
-        buffers = [aligned_bytes(nbytes) for _ in range(depth)]
-        for buffer in buffers:
-            self._pin(buffer)
-        return buffers
+        # Whole pages, so that no two buffers lie on one: pages are locked, and only once.
+        pages = [aligned_bytes(-(-nbytes // PAGE) * PAGE, PAGE) for _ in range(depth)]
+        for page in pages:
+            self._pin(page)
+        return [page[:nbytes] for page in pages]
 
 
 class MpiReceiver:

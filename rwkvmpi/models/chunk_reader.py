@@ -106,6 +106,18 @@ class ReplayingReader(ChunkReader):
         self._sending: Ticket = OVER
         self._capacity = 0
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
+        self._settle_workspace()
+
+    def _settle_workspace(self) -> None:
+        """Let the scratch memory grow to what any layer needs, and keep it: graphs know its addresses."""
+        dummy, workspace = LayerState.zeros(self._stage.shape, 1, self._device.target), self._stage.resources.workspace
+        self.x.zero_()
+        if self.v_first is not None:
+            self.v_first.zero_()
+        for layer in (self._stage.layers[-1], self._stage.layers[0]):
+            layer.advance(self.x, self.v_first, dummy, self._rows[:1])
+        workspace.reset()
+        workspace.hold()
 
     def begin_tokens(self, tokens: np.ndarray, rows: np.ndarray) -> Ticket:
         self._begin(rows)
@@ -162,18 +174,18 @@ class ReplayingReader(ChunkReader):
             return OVER
         (to_wkv, wkv), (to_shift, shift) = state.parts(packed, segment)
         turn = 0 if state.wkv.data_ptr() == self._address(0) else 1
-        first = self._device.fetch(wkv, to_wkv)
-        self._leaving[turn] = both = _Both(first, self._device.fetch(shift, to_shift))
-        return both
+        self._leaving[turn] = self._device.fetch((wkv, to_wkv), (shift, to_shift))
+        return self._leaving[turn]
 
     def _address(self, turn: int) -> int:
         memory = self._states[turn]
         return 0 if memory is None else memory.wkv.data_ptr()
 
     def send(self, x: np.ndarray, v_first: np.ndarray | None) -> Ticket:
-        self._sending = self._device.fetch(self.x, x)
+        pairs = [(self.x, x)]
         if v_first is not None and self.v_first is not None:
-            self._sending = _Both(self._sending, self._device.fetch(self.v_first, v_first))
+            pairs.append((self.v_first, v_first))
+        self._sending = self._device.fetch(*pairs)
         return self._sending
 
     def look(self, item: int, state: LayerState) -> list[int] | None:
@@ -184,23 +196,9 @@ class ReplayingReader(ChunkReader):
     def verdict(self) -> tuple[Ticket, Callable[[], list[tuple[int, int]]]]:
         self._found.reverse()
         found = self._found[0]
-        ticket = self._device.fetch(self._broken, found)
+        ticket = self._device.fetch((self._broken, found))
         self._device.follow(ticket)
         return ticket, lambda: [(int(item), int(segment)) for item, segment in found.nonzero()]
-
-
-class _Both:
-    """Two tickets in one."""
-
-    def __init__(self, first: Ticket, second: Ticket) -> None:
-        self._tickets = first, second
-
-    def done(self) -> bool:
-        return self._tickets[0].done() and self._tickets[1].done()
-
-    def wait(self) -> None:
-        for ticket in self._tickets:
-            ticket.wait()
 
 
 def make_reader(stage: Stage, chunk_size: int) -> ChunkReader:

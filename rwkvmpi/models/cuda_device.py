@@ -7,7 +7,7 @@ from the host go the computation's way: they are small, and whatever follows nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class _OnDevice(Device):
 
     def bring(self, source: torch.Tensor) -> tuple[torch.Tensor, Ticket]:
         host = self.host_tensor(tuple(source.shape), source.dtype)
-        return host, self.fetch(source, host)
+        return host, self.fetch((source, host))
 
     def keep(self, nbytes: int, here: bool) -> torch.Tensor | np.ndarray:
         if not here:
@@ -113,22 +113,25 @@ class CudaDevice(_OnDevice):
         host = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
         return host.to(self.target, non_blocking=True)
 
-    def fetch(self, source: torch.Tensor, target: torch.Tensor | np.ndarray) -> Ticket:
-        host = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
+    def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
         self._out.wait_stream(torch.cuda.current_stream(self.target))
         with torch.cuda.stream(self._out):
-            source.record_stream(self._out)
-            host.copy_(source.to(host.dtype), non_blocking=True)
+            for source, target in pairs:
+                host = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
+                source.record_stream(self._out)
+                host.copy_(source.to(host.dtype), non_blocking=True)
         return _Event(self._out)
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def pin(self, memory: np.ndarray) -> None:
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        # Memory that cannot be page-locked (a limit of the kernel's) is copied from all the same, only later.
-        if int(error) != 0:
-            torch.cuda.cudart().cudaGetLastError()
+        if int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+            return
+        # It cannot be page-locked (a limit of the system's): copies then wait. CUDA keeps the error for whoever asks
+        # next, which would be an innocent operator.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.target).add_(1)
 
     def ticket(self) -> Ticket:
         return _Event(torch.cuda.current_stream(self.target))
@@ -172,7 +175,7 @@ class CudaDevice(_OnDevice):
         body()  # settles what is chosen at a first call: product algorithms, workspaces
         torch.cuda.current_stream(self.target).synchronize()
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, pool=self._pool, stream=torch.cuda.current_stream(self.target)):
+        with torch.cuda.graph(recorded, pool=self._pool):  # on a stream of its own; it is replayed on the current one
             body()
         self._pool = recorded.pool()
         return recorded.replay
@@ -209,10 +212,16 @@ class EmulatedDevice(_OnDevice):
     def ticket(self) -> Ticket:
         return OVER
 
-    def fetch(self, source: torch.Tensor, target: torch.Tensor | np.ndarray) -> Ticket:
-        host = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
-        host.view(-1).view(torch.uint8).fill_(0xFF)  # NaN, for whoever reads too early
-        return _Late(lambda: host.copy_(source))  # what stands there then, for whoever writes too early
+    def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
+        hosts = [torch.from_numpy(target) if isinstance(target, np.ndarray) else target for _, target in pairs]
+        for host in hosts:
+            host.view(-1).view(torch.uint8).fill_(0xFF)  # NaN, for whoever reads too early
+
+        def copy() -> None:  # what stands there then, for whoever writes too early
+            for (source, _), host in zip(pairs, hosts, strict=True):
+                host.copy_(source)
+
+        return _Late(copy)
 
     def follow(self, ticket: Ticket) -> None:
         ticket.wait()

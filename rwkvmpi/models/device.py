@@ -77,9 +77,10 @@ class Device:
         """The array as a tensor of this device, which may share its memory; see `ticket` for when it may change."""
         return torch.from_numpy(source) if isinstance(source, np.ndarray) else source
 
-    def fetch(self, source: torch.Tensor, target: torch.Tensor | np.ndarray) -> Ticket:
-        """Begins to copy a tensor of this device to the host's memory, converted to `target`'s dtype."""
-        (torch.from_numpy(target) if isinstance(target, np.ndarray) else target).copy_(source)
+    def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
+        """Begins to copy tensors of this device to the host's memory: (source, target), converted to target's dtype."""
+        for source, target in pairs:
+            (torch.from_numpy(target) if isinstance(target, np.ndarray) else target).copy_(source)
         return OVER
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

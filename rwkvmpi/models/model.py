@@ -322,6 +322,7 @@ class _GraphStep:
         self._tokens = stage.device.upload(ids)
         self._states = states  # whose memory the graph knows
         self._workspace = stage.device.workspace()
+        self._workspace.hold()
         rows = stage.device.upload(torch.tensor([[i, 1] for i in range(len(ids))], dtype=torch.int32))
         shared = stage.resources.exchange_workspace(self._workspace)
 

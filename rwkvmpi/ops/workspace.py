@@ -24,12 +24,19 @@ class Workspace:
         self._blocks: list[torch.Tensor] = []
         self._used = 0  # bytes of the last block
         self._wanted = 0  # bytes taken since the last reset
+        self._held: list[torch.Tensor] | None = None
 
     def reset(self) -> None:
         """Everything taken so far may be handed out again. One block that holds all of it replaces several."""
         if len(self._blocks) > 1:
+            if self._held is not None:
+                self._held += self._blocks
             self._blocks = [self._allocate(self._wanted)]
         self._used = self._wanted = 0
+
+    def hold(self) -> None:
+        """From now on keep blocks that are replaced: CUDA graphs have been told where they are."""
+        self._held = [] if self._held is None else self._held
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor, valid until the next `reset`."""

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launchers
 
 PROGRAM = Path(__file__).with_name("fuzz_launchers.py")
-CALLS = int(os.environ.get("RWKVMPI_FUZZ_CALLS", "150"))
+CALLS = int(os.environ.get("RWKVMPI_FUZZ_CALLS", "60"))
 SECONDS = 60 + CALLS  # a launcher gets
 MOST_CRASHES = 5  # after so many the rest is not looked at
 # Tokens after which a finding is told apart from the call that led to it.

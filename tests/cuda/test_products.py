@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkvmpi import ops
 from rwkvmpi.ops.cuda import product
 from rwkvmpi.ops.product import Packed
 
@@ -94,13 +95,13 @@ def test_float16_relu_squared_stays_in_range() -> None:
     for rows in (2, 20):
         x, key = torch.full((rows, 40), 5.0, dtype=torch.float16), product.pack(torch.full((16, 40), 5.0), "float16")
         squares, out = torch.empty(rows, 16, dtype=torch.float16), torch.ones(rows, 8)
-        scale = product.relu_squared_scale(torch.float16)
+        scale = ops.relu_squared_scale(torch.float16)
         product.product_into(squares, x, key, "relu_squared", scale=scale)
         value = product.pack(torch.full((8, 16), 2.0**-10), "float16")
         product.product_into(out, squares, value, "add", scale=1 / scale**2)
         want = 1 + 1e6 * 16 * 2.0**-10
         assert ((out - want).abs() <= 2**-11 * want).all()
-    assert product.relu_squared_scale(torch.bfloat16) == 1.0
+    assert ops.relu_squared_scale(torch.bfloat16) == 1.0
 
 
 def test_pack() -> None:

@@ -144,8 +144,7 @@ def reason(device: int | None = None) -> str:
     if driver is None:
         return "This machine has no NVIDIA driver (libcuda.so.1 cannot be loaded); install one, or use --device cpu."
     if torch.version.cuda is None:
-        index = "https://download.pytorch.org/whl/cu130"
-        return f"torch {torch.__version__} lacks CUDA; install one that has it: pip install torch --index-url {index}."
+        return f"torch {torch.__version__} was built without CUDA; install the build of it for CUDA {shown(driver)}."
     try:
         opened = _open(PATH)
     except UserError as error:

@@ -31,11 +31,6 @@ _gated_add = library.bind("gated_add", "pppllfi")
 _mix = library.bind("mix", "pppppll" + "i")
 
 
-def relu_squared_scale(dtype: torch.dtype) -> float:
-    """The scale that relu_squared needs for outputs of this dtype; what uses them takes 1 / its square."""
-    return 1 / 16 if dtype == torch.float16 else 1.0
-
-
 def dtype_of(op: str, kind: str) -> torch.dtype:
     """The dtype of a weight of this kind. ValueError for a kind that GPUs do not have."""
     if kind not in KINDS:
