@@ -11,6 +11,7 @@ from rwkvmpi.engine import Outcome
 from rwkvmpi.grid.coordinator import STOPPED_ON_ERROR
 from rwkvmpi.grid.figures import note_speed
 from rwkvmpi.models.state import wkv_shape
+from rwkvmpi.ops.cuda import library as cuda
 from rwkvmpi.prepare import Preparation, provenance
 from rwkvmpi.store.results import open_results, write_results
 
@@ -67,6 +68,8 @@ def _place(farewell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _note_speed(preparation: Preparation, outcome: Outcome) -> None:
+    if cuda.emulating():
+        return  # that says nothing about a GPU
     flops = sum(farewell["flops"] for farewell in outcome.farewells.values())
     busy = sum(farewell["busy_s"] for farewell in outcome.farewells.values())
     note_speed(preparation.job.model.device, preparation.job.model.dtype, preparation.job.run.threads, flops, busy)

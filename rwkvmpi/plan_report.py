@@ -12,11 +12,12 @@ from rwkvmpi.config import AUTO_CHUNK, make_job
 from rwkvmpi.corpus.counting import count_tokens
 from rwkvmpi.corpus.index import build_index
 from rwkvmpi.corpus.tokenizers import load_tokenizer
+from rwkvmpi.errors import UserError
 from rwkvmpi.grid.figures import choose_chunk, load_machine
 from rwkvmpi.grid.layout import check_grid, split_layers
 from rwkvmpi.grid.plan import choose_grid, predict_seconds, work_of
 from rwkvmpi.models.checkpoint import open_checkpoint
-from rwkvmpi.models.cost import ITEMSIZE
+from rwkvmpi.models.cost import ITEMSIZE, refusal
 
 KEEP = ("chunk", "device", "dtype", "tokenizer")
 
@@ -34,6 +35,11 @@ def make_plan(
     """The plan as plain values; `progress` is told how far counting tokens has come. UserError for bad input."""
     sections = {"path": model, **{key: options[key] for key in KEEP if options.get(key) is not None}}
     job = make_job({"model": sections, "input": {"paths": inputs or ["-"]}, "task": {"name": task}}, "rwkvmpi plan")
+    # What is planned here may run elsewhere: without being told, on CPUs.
+    device = "cuda" if job.model.device == "cuda" else "cpu"
+    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if job.model.dtype == "auto" else job.model.dtype
+    if why := refusal(device, dtype):
+        raise UserError(why)
     with open_checkpoint(job.model.path) as checkpoint:
         shape = checkpoint.shape
         parameters = checkpoint.parameters()
@@ -47,11 +53,10 @@ def make_plan(
             tokens[count.doc] = 0 if count.error is not None else count.ntokens
             if progress is not None:
                 progress(f"{count.doc + 1:,} of {len(index):,} documents, {int(tokens.sum()):,} tokens")
-    dtype = "float32" if job.model.dtype == "auto" else job.model.dtype
-    machine = load_machine("cpu", dtype, threads)
+    machine = load_machine(device, dtype, threads)
     why = ""
     if job.model.chunk == AUTO_CHUNK:
-        job.model.chunk, why = choose_chunk("cpu", dtype, threads, shape.version, shape.n_embd)
+        job.model.chunk, why = choose_chunk(device, dtype, threads, shape.version, shape.n_embd)
     work = work_of(shape, ITEMSIZE[dtype], job.model.chunk, tokens, task == "score")
     wanted = {key: options.get(key) or 0 for key in ("stages", "ring", "replicas")}
     grid = choose_grid(work, ranks, machine, **wanted)

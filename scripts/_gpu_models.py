@@ -7,6 +7,7 @@ Exits with 1 when something is wrong.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from rwkvmpi.ops.cuda import library
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 8e-3}  # of the largest logit
+NEEDED_BY_JOBS = ("click", "pydantic", "h5py", "rich", "tomli_w", "zstandard", "pyarrow")
 BITS_PER_BYTE = 0.002  # between the bundled model on a CPU and on a GPU
 
 Row = dict[str, Any]
@@ -95,6 +97,10 @@ def keep_the_promise() -> Iterator[Row]:
 
 def jobs_run() -> Iterator[Row]:
     """`rwkvmpi score` with the bundled model: on the CPU, on the GPU, and on the GPU stopped and gone on with."""
+    missing = [name for name in NEEDED_BY_JOBS if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out: whole jobs, which need {', '.join(missing)} in {sys.executable}")
+        return
     text = "".join(path.read_text() for path in sorted(Path("rwkvmpi").rglob("*.py")))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,8 +143,8 @@ def score(folder: Path, run: str, kind: str, *options: str) -> tuple[str, float]
 @click.command(help=__doc__)
 @click.option("--json", "path", type=click.Path(path_type=Path))
 def main(path: Path | None) -> None:
-    if not library.emulating():
-        library.require()
+    if not library.emulating() and (why := library.reason()):
+        raise click.ClickException(why)
     rows = []
     for part in (agree_with_the_cpu, keep_the_promise, jobs_run):
         for row in part():

@@ -138,7 +138,8 @@ def fla_kernel() -> Row:
 @click.option("--size", default="1.5B")
 @click.option("--json", "path", type=click.Path(path_type=Path))
 def main(size: str, path: Path | None) -> None:
-    library.require()
+    if why := library.reason():
+        raise click.ClickException(why)
     rows: list[Row] = []
     for name, make in (("rwkvmpi", ours), ("rwkv package", rwkv_package), ("transformers, Llama", transformer)):
         row: Row = {"program": name, "size": size}

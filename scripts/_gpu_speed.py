@@ -294,7 +294,8 @@ def _shown(value: object) -> str:
 @click.option("--seconds", type=float, default=400)
 @click.option("--json", "path", type=click.Path(path_type=Path))
 def main(sizes: str, seconds: float, path: Path | None) -> None:
-    library.require()
+    if why := library.reason():
+        raise click.ClickException(why)
     budget, limit = Budget(seconds), limits()
     name = torch.cuda.get_device_name()
     print(f"{name}: {limit['flops_per_second'] / 1e12:.0f} TFLOP/s, {limit['bytes_per_second'] / 1e12:.2f} TB/s")

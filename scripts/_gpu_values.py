@@ -254,8 +254,8 @@ def _nan_last(x: float) -> float:
 @click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 def main(seed: int | None, small: bool, as_json: bool) -> None:
     seed = torch.seed() % 2**31 if seed is None else seed
-    if not library.emulating():
-        library.require()
+    if not library.emulating() and (why := library.reason()):
+        raise click.ClickException(why)
     device = "cpu" if library.emulating() else "cuda"
     shapes = [(1, 64), (2, 40)] if small else [(4, 64), (3, 40), (12, 64), (2, 128)]
     results = [result for heads, size in shapes for result in Cases(seed, heads, size, device).results()]

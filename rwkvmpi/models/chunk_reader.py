@@ -92,7 +92,7 @@ class ReplayingReader(ChunkReader):
         super().__init__(stage, chunk_size)
         self._device = device = stage.device
         width, target = stage.shape.n_embd, device.target
-        most = max(chunk_size // 32, 1)
+        most = _power_of_two(chunk_size // 32)
         self._tokens = torch.empty(chunk_size, dtype=torch.int32, device=target)
         self.x = torch.empty(chunk_size, width, device=target)
         if stage.passes_v_first:
@@ -134,7 +134,7 @@ class ReplayingReader(ChunkReader):
 
     def _begin(self, rows: np.ndarray) -> None:
         self._device.follow(self._sending)
-        self._capacity = 1 << (len(rows) - 1).bit_length()
+        self._capacity = _power_of_two(len(rows))
         padded = np.zeros((len(self._rows), 2), dtype=np.int32)  # a segment of no rows is none
         padded[: len(rows)] = rows
         self._rows.copy_(self._device.upload(padded))
@@ -199,6 +199,11 @@ class ReplayingReader(ChunkReader):
         ticket = self._device.fetch((self._broken, found))
         self._device.follow(ticket)
         return ticket, lambda: [(int(item), int(segment)) for item, segment in found.nonzero()]
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest one that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def make_reader(stage: Stage, chunk_size: int) -> ChunkReader:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from rwkvmpi.config import DEFAULT_CHUNK, make_job
+from rwkvmpi.errors import UserError
 from rwkvmpi.grid import figures
 from rwkvmpi.grid.plan import Machine
 from rwkvmpi.models.random_weights import official_shape
@@ -171,6 +172,15 @@ def test_a_plan_says_what_it_rests_on():
     assert "hops        3 us + 20.0 GB/s: rwkvmpi bench on " in describe(plan)
     as_float = make_plan("bundled", [], ranks=2, task="score", threads=1, options={})
     assert plan["bytes_per_rank"][0] < as_float["bytes_per_rank"][0] / 2
+
+
+def test_a_gpu_is_planned_as_one_and_never_with_a_cpus_figures():
+    figures.update(lambda known: figures.set_speed(known, "run", "cpu", "bfloat16", 1, 1e11))
+    plan = make_plan("bundled", [], ranks=2, task="score", threads=1, options={"device": "cuda"})
+    assert plan["machine"]["flops_per_second"] > 1e14
+    assert plan["machine"]["speed_from"] == ""
+    with pytest.raises(UserError, match="on a GPU choose --dtype bfloat16"):
+        make_plan("bundled", [], ranks=2, task="score", threads=1, options={"device": "cuda", "dtype": "int8"})
 
 
 def test_the_same_command_resumes_although_another_chunk_is_faster_now(rwkvmpi, small_model, write_documents, tmp_path):

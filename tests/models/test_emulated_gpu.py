@@ -97,6 +97,19 @@ def test_neighbours_in_a_chunk_change_no_bit(version: str, kernels: ctypes.CDLL)
         assert torch.equal(small.shift[0], large.shift[1])
 
 
+def test_a_chunk_may_hold_any_number_of_segments(kernels: ctypes.CDLL) -> None:
+    """25 of them in 800 rows: there are graphs for powers of two, and segments of no rows."""
+    case = SMALL["7"]
+    stage = load_model(model_file(case), "cuda", "float32").stage
+    tokens = ids(case, 800).astype(np.int32)
+    reader = make_reader(stage, 800)
+    for count in (1, 3, 25):
+        rows = np.array([[32 * i, 7] for i in range(count)], dtype=np.int32)
+        states = read_chunk(stage, reader, tokens, rows)
+        last = read_chunk(stage, make_reader(stage, 800), np.roll(tokens, -32 * (count - 1)), rows[:1])
+        assert all(torch.equal(a.wkv[count - 1], b.wkv[0]) for a, b in zip(states, last, strict=True))
+
+
 def test_broken_states_are_named(kernels: ctypes.CDLL) -> None:
     case = SMALL["7"]
     stage = load_model(model_file(case), "cuda", "float32").stage
