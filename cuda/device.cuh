@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #ifdef __CUDACC__
 #include "instructions.cuh"
@@ -25,6 +26,13 @@ enum Error : int {
   do {                                      \
     if (!(condition)) return (code);        \
   } while (0)
+
+// Whether all these addresses are multiples of `bytes`, a power of 2; null is.
+inline bool all_on(size_t bytes, std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses)
+    if (reinterpret_cast<uintptr_t>(address) & (bytes - 1)) return false;
+  return true;
+}
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

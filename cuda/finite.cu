@@ -24,7 +24,7 @@ extern "C" int rwkvmpi_cuda_mark_not_finite(const float* x, int32_t* flags, int6
   CHECK(segments <= 65535 && count <= INT64_MAX / 4 / (segments + 1), BAD_SIZE);
   if (segments == 0 || count == 0) return OK;
   CHECK(x && flags, BAD_POINTER);
-  CHECK(((uintptr_t)x | (uintptr_t)flags) % 4 == 0, MISALIGNED);
+  CHECK(all_on(4, {x, flags}), MISALIGNED);
   const int64_t blocks = (count + SPAN - 1) / SPAN;
   CHECK(blocks <= INT32_MAX, BAD_SIZE);
   DeviceGuard guard(device);

@@ -13,13 +13,6 @@ constexpr int MOST_ROW_THREADS = 512;  // of a block
 constexpr int MOST_WARPS = MOST_ROW_THREADS / 32;
 constexpr int64_t MOST_REGISTER_CHANNELS = 2 * VECTOR * MOST_ROW_THREADS;
 
-// Whether all these addresses are multiples of `bytes`, a power of 2; null is.
-inline bool all_on(size_t bytes, std::initializer_list<const void*> addresses) {
-  for (const void* address : addresses)
-    if ((uintptr_t)address & (bytes - 1)) return false;
-  return true;
-}
-
 // A block's threads when each has `width` channels at a time, or as many as there can be.
 inline unsigned row_threads(int64_t channels, int64_t width) {
   const int64_t wanted = (channels + width - 1) / width;

@@ -216,7 +216,8 @@ template <class E> int launch(const ShiftMix<E>& p, void* stream) {
     return LAUNCH(kernel, dim3(unsigned(p.rows)), block, 0, stream, p);
   }
   const int run = p.rows <= FEW_ROWS || held == 2 ? 1 : 4;  // two rows of two vectors each would not fit the registers
-  auto kernel = held == 2 ? shift_mix_kernel<E, 2, 1> : run == 1 ? shift_mix_kernel<E, 1, 1> : shift_mix_kernel<E, 1, 4>;
+  auto kernel = run == 4 ? shift_mix_kernel<E, 1, 4> : shift_mix_kernel<E, 1, 1>;
+  if (held == 2) kernel = shift_mix_kernel<E, 2, 1>;
   const dim3 grid(unsigned((p.rows + run - 1) / run)), block(row_threads(p.channels, held * VECTOR));
   return LAUNCH(kernel, grid, block, 0, stream, p);
 }

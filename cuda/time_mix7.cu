@@ -15,12 +15,6 @@ constexpr int64_t FEW_HEADS = 96, MANY_TOKENS = 128;
 
 bool have_tiles(int64_t n, int dtype) { return n == 64 && dtype != FLOAT32; }
 
-bool aligned16(std::initializer_list<const void*> pointers) {
-  uintptr_t all = 0;
-  for (const void* p : pointers) all |= reinterpret_cast<uintptr_t>(p);
-  return all % 16 == 0;
-}
-
 // The choice between the tile bodies does not change the bits, so it may depend on what is there at the moment.
 int choose(const Mix7Arguments& x, int dtype) {
   if (!have_tiles(x.n, dtype)) return SEQUENTIAL;
@@ -88,10 +82,10 @@ extern "C" int rwkvmpi_cuda_v7_time_mix(const void* r, const void* k, const void
     CHECK(scratch_bytes >= v7_tiles_scratch(tokens, heads, segments), BAD_SIZE);
   }
   if (body != SEQUENTIAL)
-    CHECK(aligned16({r, k, v, w_lin, a_lin, v_lin, g, v_first, w0, a0, v0, k_k, k_a, r_k, ln_weight, ln_bias, state, h,
+    CHECK(all_on(16, {r, k, v, w_lin, a_lin, v_lin, g, v_first, w0, a0, v0, k_k, k_a, r_k, ln_weight, ln_bias, state, h,
                      v_out, scratch}),
           MISALIGNED);
-  CHECK((uintptr_t)rows % alignof(int32_t) == 0, MISALIGNED);
+  CHECK(all_on(4, {rows}), MISALIGNED);
   DeviceGuard guard(device);
   if (guard.error) return guard.error;
   return body == SEQUENTIAL    ? launch_v7_sequential(x, dtype, stream)

@@ -34,12 +34,6 @@ template <typename F> int with_size(int64_t size, const F& run) {
   return run(LayoutOf<256>{});
 }
 
-bool aligned(std::initializer_list<const void*> pointers, int boundary = 16) {
-  for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % boundary) return false;
-  return true;
-}
-
 // Whether a block may have that much shared memory: 163 KiB on an A100, 227 on an H100, but 99 on smaller GPUs.
 bool has_shared_memory(int bytes, int device) {
 #ifdef __CUDACC__
@@ -88,12 +82,12 @@ extern "C" int rwkvmpi_cuda_wkv7_train_forward(const void* r, const void* w, con
     if constexpr (sizeof(E) == 2) {
       constexpr int BYTES = sizeof(ForwardRoom<E>);
       if (body != TOKENS && takes_tiles<E>(sizes, false, BYTES, device)) {
-        CHECK(aligned({r, w, k, v, a, b, state, y, last, stored}), MISALIGNED);
+        CHECK(all_on(16, {r, w, k, v, a, b, state, y, last, stored}), MISALIGNED);
         return LAUNCH(forward_tiles<E>, blocks, dim3(THREADS), BYTES, stream, x);
       }
     }
     CHECK(body != TILES, UNSUPPORTED);
-    CHECK(aligned({r, w, k, v, a, b, y}, sizeof(E)) && aligned({state, last, stored}, sizeof(float)), MISALIGNED);
+    CHECK(all_on(sizeof(E), {r, w, k, v, a, b, y}) && all_on(4, {state, last, stored}), MISALIGNED);
     return with_size(size, [&](auto layout) -> int {
       using L = decltype(layout);
       return LAUNCH((forward_tokens<E, L>), dim3(blocks.x, L::GROUPS), dim3(THREADS), sizeof(Chunk<L>), stream, x);
@@ -128,13 +122,13 @@ extern "C" int rwkvmpi_cuda_wkv7_train_backward(const void* r, const void* w, co
     if constexpr (sizeof(E) == 2) {
       constexpr int BYTES = backward_tiles_bytes<E>();
       if (body != TOKENS && tokens > 0 && takes_tiles<E>(sizes, true, BYTES, device)) {
-        CHECK(aligned({r, w, k, v, a, b, stored, dy, dlast, dr, dw, dk, dv, da, db, dstate}), MISALIGNED);
+        CHECK(all_on(16, {r, w, k, v, a, b, stored, dy, dlast, dr, dw, dk, dv, da, db, dstate}), MISALIGNED);
         return LAUNCH(backward_tiles<E>, blocks, dim3(THREADS), BYTES, stream, x);
       }
     }
     CHECK(body != TILES || tokens == 0, UNSUPPORTED);
-    CHECK(aligned({r, w, k, v, a, b, dy, dr, dw, dk, dv, da, db}, sizeof(E)), MISALIGNED);
-    CHECK(aligned({stored, dlast, dstate}, sizeof(float)), MISALIGNED);
+    CHECK(all_on(sizeof(E), {r, w, k, v, a, b, dy, dr, dw, dk, dv, da, db}), MISALIGNED);
+    CHECK(all_on(4, {stored, dlast, dstate}), MISALIGNED);
     return with_size(size, [&](auto layout) -> int {
       using L = decltype(layout);
       return LAUNCH((backward_tokens<E, L>), blocks, dim3(THREADS), sizeof(Work<L>), stream, x);

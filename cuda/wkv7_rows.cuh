@@ -38,12 +38,6 @@ template <class F> inline int dispatch_capacity(int64_t n, F f) {
 constexpr int64_t MAX_HEAD_SIZE = 512;
 constexpr size_t MOST_SHARED = 99 << 10;  // bytes of a block where a multiprocessor has least, as on RTX GPUs
 
-inline bool all_on(size_t boundary, std::initializer_list<const void*> addresses) {
-  for (const void* address : addresses)
-    if (reinterpret_cast<uintptr_t>(address) % boundary) return false;
-  return true;
-}
-
 template <int COUNT> __device__ __forceinline__ void read_floats(float (&x)[COUNT], const float* p) {
   if constexpr (COUNT % 4 == 0) {
 #pragma unroll
