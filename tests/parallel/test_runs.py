@@ -77,7 +77,7 @@ def test_a_stopped_job_commits_and_goes_on_with_another_grid(how, undisturbed, r
 
 def test_killed_runs_lose_nothing():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "kill_runs.py", "--kills", "6", "--kills-per-run", "3", "--seed", "11",
+        [sys.executable, ROOT / "scripts" / "kill_runs.py", "--kills", "4", "--kills-per-run", "2", "--seed", "11",
          "--bytes", "200000"],
         capture_output=True, text=True, env=environment(), check=False,
     )  # fmt: skip
