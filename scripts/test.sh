@@ -3,6 +3,7 @@
 #
 #     scripts/test.sh
 #     scripts/test.sh tests/store -k resume
+#     scripts/test.sh -m thorough              the CUDA kernels under sanitizers, which the run of all leaves out
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -25,7 +26,7 @@ say "mypy"
 mypy
 say "tests of one process"
 cores=$(nproc)
-python -m pytest -q -n "$((cores < 8 ? cores : 8))" -m "not parallel" --ignore tests/cuda/test_build.py
+python -m pytest -q -n "$((cores < 8 ? cores : 8))" -m "not parallel and not thorough" --ignore tests/cuda/test_build.py
 say "the kernels for GPUs"
 wait $kernels || true
 tail -n 20 build/cuda.log

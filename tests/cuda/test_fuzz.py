@@ -56,6 +56,7 @@ def guarded() -> tuple[Path, dict[str, str]]:
     return library, os.environ | variables
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launcher", sorted(launchers.signatures().keys() - SKIPPED))
 def test_a_launcher_withstands_anything(launcher: str, guarded: tuple[Path, dict[str, str]]) -> None:
     library, environment = guarded

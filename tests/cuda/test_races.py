@@ -22,6 +22,8 @@ PLANTED = sorted((HERE / "planted").glob("*.cu"))
 RACES = {"blocks_in_order", "missing_barrier", "missing_empty_barrier", "missing_syncwarp"}
 PROCESSES = 2
 
+pytestmark = pytest.mark.thorough
+
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
     """A Python script under ThreadSanitizer, which needs memory laid out without randomness and its library first."""
