@@ -16,7 +16,8 @@ LENGTHS = [1, 31, 32, 33, 1023, 1024, 1025, 0, 9000, 255, 256, 257, 5, 2000]
 LONG = 100_000
 # (stages, ring, replicas): 1 to 8 ranks, each of the three up to 4
 GRIDS = [
-    (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 3, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 2), (3, 2, 1),
+    (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 3, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2),
+    (3, 2, 1),
 ]  # fmt: skip
 LONG_GRIDS = [(1, 1, 1), (2, 2, 1)]
 # Neither the chunk nor the threads change a bit of an operator's result, so none of a run's.
