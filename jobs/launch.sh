@@ -15,7 +15,7 @@ launch() {
     mpirun)
         if mpirun --version 2>/dev/null | grep -q 'Open MPI'; then
             options=(--bind-to none) # the ranks bind themselves to their share of the cores
-            for name in "${!UCX_@}" "${!OMPI_MCA_@}"; do options+=(-x "$name"); done
+            for name in "${!UCX_@}" "${!OMPI_MCA_@}" "${!RWKVMPI_@}"; do options+=(-x "$name"); done
         fi
         run_and_wait mpirun -n "$SLURM_NTASKS" "${options[@]}" "$@"
         ;;
@@ -42,13 +42,20 @@ tell_end_of_job() {
     return 0
 }
 
+pass_on() {
+    echo "$(date +%T) told to stop: the ranks commit and leave" >&2
+    TOLD=yes
+    kill -USR1 "$1" 2>/dev/null
+}
+
 # Run a command in the background, so that the traps run at once, and leave its exit code in CODE.
 run_and_wait() {
     local pid
+    STARTED=$(date +%s) TOLD=
     "$@" &
     pid=$!
     # shellcheck disable=SC2064 # the process id of now is meant
-    trap "kill -USR1 $pid 2>/dev/null" USR1 TERM
+    trap "pass_on $pid" USR1 TERM
     CODE=0
     while true; do
         wait "$pid"
@@ -71,7 +78,7 @@ judge_and_requeue() {
         [ "$CODE" -ne 3 ] || echo "done; some documents failed, see documents/error in $run/results.h5" >&2
         exit 0
     fi
-    if [ -e "$run/STOP" ] || { [ "$CODE" -ne 75 ] && [ "$CODE" -ne 0 ]; }; then
+    if [ -e "$run/STOP" ] || ! worth_another_start "$run"; then
         echo "not done (exit code $CODE); submit the same job again to go on" >&2
         [ "$CODE" -ne 0 ] || CODE=1
         exit "$CODE"
@@ -83,4 +90,15 @@ judge_and_requeue() {
     echo "not done (exit code $CODE); queueing job $SLURM_JOB_ID again, restart $((restarts + 1))" >&2
     scontrol requeue "$SLURM_JOB_ID"
     exit 75
+}
+
+# Stopped in good order, or a lost node under mpirun; else a signal may have come before the ranks could hear it, or
+# srun says how a rank fared whose neighbour's node was lost. A crash is tried again if this start came to a commit:
+# what crashes at the same place every time comes to none.
+worth_another_start() {
+    case $CODE in
+    0 | 75) return 0 ;;
+    2) return 1 ;;
+    esac
+    [ -n "$TOLD" ] || [ -n "$(find "$1/commits" -name '*.json' -newermt "@$STARTED" -print -quit 2>/dev/null)" ]
 }

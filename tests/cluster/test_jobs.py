@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,29 @@ def test_the_readme_names_every_key_and_no_other() -> None:
     keys = {f"{section}.{key}" for section, values in job.items() for key in values}
     named = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `") and "." in line.split("`")[1]}
     assert named == keys
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "commit_age", "again"),
+    [
+        (0, "", None, True),  # mpirun lost a node
+        (75, "", None, True),
+        (2, "yes", 0, False),  # a mistake stays one
+        (1, "", None, False),
+        (1, "", 100, False),  # a crash, and the commit is of a start before
+        (1, "", 0, True),
+        (138, "yes", None, True),  # the signal came before the ranks could hear it
+    ],
+)
+def test_what_is_worth_another_start(tmp_path: Path, code: int, told: str, commit_age: int | None, again: bool) -> None:
+    started = int(time.time()) - 10
+    if commit_age is not None:
+        (tmp_path / "commits").mkdir()
+        commit = tmp_path / "commits" / "000001.json"
+        commit.touch()
+        os.utime(commit, (time.time() - commit_age,) * 2)
+    body = f"set -u; source {JOBS}/launch.sh; CODE={code} TOLD={told} STARTED={started}; worth_another_start {tmp_path}"
+    assert (subprocess.run(["bash", "-c", body], check=False).returncode == 0) == again
 
 
 class BatchScript:
