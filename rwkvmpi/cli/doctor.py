@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from rwkvmpi.cluster.doctor import Finding
 
+FEW = 3  # a report of no more needs no sum below it
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
@@ -22,37 +24,91 @@ MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
     "--folder", type=click.Path(path_type=Path), default=Path(), help="Where runs will be written.  [default: .]"
 )
 @click.option("--fix", is_flag=True, help="Mend what can be mended without harm.")
+@click.option("--fabric", is_flag=True, help="Look at RDMA, GPUs beside it, MPI's way there, and between ranks, only.")
+@click.option("--emit", type=click.Choice(["env"]), help="Print the env.sh of jobs/ that fits this machine's fabric.")
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON on stdout.")
-def command(model: str | None, tokenizer: str, folder: Path, fix: bool, as_json: bool) -> None:
+def command(
+    model: str | None, tokenizer: str, folder: Path, fix: bool, fabric: bool, emit: str | None, as_json: bool
+) -> None:
     """Look at Python, torch, MPI, cores, disk, the operators and a model; say what is wrong and how to mend it.
 
-    Under mpirun or srun the world that was started is examined too. Exit code 1 when something is wrong.
+    Under mpirun or srun the world that was started is examined too; with --fabric, messages to the next rank are timed.
+    Exit code 1 when something is wrong.
     """
+    given = click.get_current_context().get_parameter_source
+    for name in ("model", "tokenizer", "folder", "fix") if fabric or emit else ():
+        if given(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--fabric and --emit look at the fabric only; leave --{name} out")
+    if emit and as_json:
+        raise click.UsageError("--emit env prints a script, no JSON; leave --json out")
     from rwkvmpi.cluster import mpi
 
-    mpi.guard(lambda: _examine(model, tokenizer, folder, fix, as_json))
+    if emit:
+        mpi.guard(_emit)
+    elif fabric:
+        mpi.guard(lambda: _report(_of_the_fabric(), False, as_json))
+    else:
+        mpi.guard(lambda: _report(_of_the_machine(model, tokenizer, folder), fix, as_json))
 
 
-def _examine(model: str | None, tokenizer: str, folder: Path, fix: bool, as_json: bool) -> int:
+def _emit() -> int:
+    from rwkvmpi.cluster import fabric_env
+    from rwkvmpi.cluster.launcher import launch_facts
+
+    if launch_facts().rank == 0:
+        click.echo(fabric_env.script(), nl=False)
+    return 0
+
+
+def _of_the_machine(model: str | None, tokenizer: str, folder: Path) -> Iterator[Finding]:
     from rwkvmpi.cluster import doctor, mpi_checks
     from rwkvmpi.cluster.launcher import launch_facts
 
     if launch_facts().rank != 0:  # the others take part in what all ranks do together, and rank 0 reports
         list(doctor.examine("mpi", mpi_checks.mpi_library))
-        return 0
-    findings = []
+        return
     for name, check in doctor.checks(folder, model, tokenizer):
-        for finding in doctor.examine(name, check):
-            shown = doctor.mend(finding) if fix else finding
-            findings.append(shown)
-            if not as_json:
-                _show(shown, fix)
+        yield from doctor.examine(name, check)
+
+
+def _of_the_fabric() -> Iterator[Finding]:
+    from rwkvmpi.cluster import doctor, fabric_checks, fabric_pairs, mpi
+    from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.errors import FabricError
+
+    comm = mpi.world()
+    if launch_facts().rank == 0:
+        if fabric_checks.nothing_here():
+            yield from fabric_checks.of_a_bare_machine()
+        else:
+            for name, check in fabric_checks.checks():
+                yield from doctor.examine(name, check)
+    if comm is not None:
+        try:
+            yield from fabric_pairs.between_ranks(comm)
+        except FabricError as error:  # this rank alone may know: it ends the others
+            click.echo(f"rwkvmpi: {error}", err=True)
+            sys.exit(1)
+
+
+def _report(findings: Iterator[Finding], fix: bool, as_json: bool) -> int:
+    from rwkvmpi.cluster import doctor
+    from rwkvmpi.cluster.launcher import launch_facts
+
+    if launch_facts().rank != 0:
+        list(findings)
+        return 0
+    shown = []
+    for finding in findings:
+        shown.append(doctor.mend(finding) if fix else finding)
+        if not as_json:
+            _show(shown[-1], fix)
+    bad = sum(finding.status == "fail" for finding in shown)
+    warnings = sum(finding.status == "warn" for finding in shown)
     if as_json:
-        click.echo(json.dumps([finding.as_json() for finding in findings], indent=1))
-    bad = sum(finding.status == "fail" for finding in findings)
-    warnings = sum(finding.status == "warn" for finding in findings)
-    if not as_json:
-        click.echo(f"{len(findings)} findings, {bad} wrong, {warnings} to look at")
+        click.echo(json.dumps([finding.as_json() for finding in shown], indent=1))
+    elif len(shown) > FEW:
+        click.echo(f"{len(shown)} findings, {bad} wrong, {warnings} to look at")
     sys.stdout.flush()
     return 1 if bad else 0
 

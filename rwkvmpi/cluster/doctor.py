@@ -18,7 +18,8 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass
 class Finding:
-    """One thing looked at. `remedy` says what to do where it is not ok; `fix` does it, where that is safe."""
+    """One thing looked at. `remedy` says what to do where it is not ok; `fix` does it, where that is safe; `facts` are
+    figures for programs that read the report."""
 
     name: str
     status: Status
@@ -26,6 +27,7 @@ class Finding:
     remedy: str = ""
     fix: Callable[[], None] | None = field(default=None, repr=False)
     fixed: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The finding without its function."""
@@ -36,6 +38,7 @@ class Finding:
             "remedy": self.remedy,
             "fixable": self.fix is not None,
             "fixed": self.fixed,
+            "facts": self.facts,
         }
 
 
@@ -44,7 +47,7 @@ Check = Callable[[], Iterable[Finding]]
 
 def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, Check]]:
     """All checks in the order of the report, each with the name it reports under if it falls over."""
-    from rwkvmpi.cluster import gpu_checks, machine_checks, mpi_checks, number_checks, thread_checks
+    from rwkvmpi.cluster import fabric_checks, gpu_checks, machine_checks, mpi_checks, number_checks, thread_checks
 
     found: list[tuple[str, Check]] = [
         ("python", machine_checks.python),
@@ -54,7 +57,7 @@ def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, C
         ("folder", lambda: machine_checks.run_folder(folder)),
         ("hdf5", lambda: machine_checks.hdf5(folder)),
         ("slurm", machine_checks.slurm),
-        ("rdma", machine_checks.rdma),
+        ("rdma", fabric_checks.in_short),
         ("mpi", mpi_checks.mpi_library),
         ("torch", number_checks.torch_library),
         ("GPU", gpu_checks.gpus),

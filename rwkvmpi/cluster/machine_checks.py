@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import resource
 import shutil
 import tempfile
 import time
@@ -24,7 +23,6 @@ FREE_ENOUGH = 2 << 30
 SHARED_MEMORY_ENOUGH = 256 << 20
 SLOW_FSYNC_S = 0.5
 HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-INFINIBAND = Path("/sys/class/infiniband")
 
 
 def python() -> Iterator[Finding]:
@@ -141,29 +139,6 @@ def slurm() -> Iterator[Finding]:
         yield Finding("slurm", "ok", value)
 
 
-def rdma() -> Iterator[Finding]:
-    """RDMA devices, whether their ports are up, and whether memory may be locked for them."""
-    if not INFINIBAND.is_dir() or not any(INFINIBAND.iterdir()):
-        yield Finding("rdma", "ok", "no device; ranks on several nodes talk over TCP")
-        return
-    ports, down = [], []
-    for port in sorted(INFINIBAND.glob("*/ports/*")):
-        name = f"{port.parent.parent.name}:{port.name}"
-        state, layer = _word(port / "state"), _word(port / "link_layer")
-        ports.append(f"{name} {layer} {state}")
-        if "ACTIVE" not in state:
-            down.append(name)
-    value = ", ".join(ports)
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if len(down) == len(ports):
-        yield Finding("rdma", "warn", value, "no port is up; ranks on several nodes will talk over TCP")
-    elif locked != resource.RLIM_INFINITY:
-        value += f"; only {locked >> 10:,} KiB may be locked"
-        yield Finding("rdma", "warn", value, "raise the limit: ulimit -l unlimited (on clusters: the administrator)")
-    else:
-        yield Finding("rdma", "ok", value)
-
-
 def _commit_like(folder: Path) -> float:
     """Seconds of one commit's writing: 4 MiB to a temporary file, fsync, lock, rename, fsync of the folder."""
     start = time.perf_counter()
@@ -192,10 +167,3 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.machine()
-
-
-def _word(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").split(":")[-1].strip()
-    except OSError:
-        return "?"
