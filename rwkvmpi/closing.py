@@ -10,6 +10,7 @@ from rwkvmpi.cluster.logs import duration, quantity
 from rwkvmpi.engine import Outcome
 from rwkvmpi.grid.coordinator import STOPPED_ON_ERROR
 from rwkvmpi.grid.figures import note_speed
+from rwkvmpi.grid.transport import Hops
 from rwkvmpi.models.state import wkv_shape
 from rwkvmpi.ops.cuda import library as cuda
 from rwkvmpi.prepare import Preparation, provenance
@@ -45,6 +46,7 @@ def close_run(preparation: Preparation, outcome: Outcome, argv: list[str], libra
         layers=shape.n_layer,
         width=shape.n_embd,
         wkv_shape=wkv_shape(shape),
+        before=(preparation.handed.bytes_before, preparation.handed.tokens_before) if preparation.handed else None,
     )
     failed = commit.documents_failed
     figures = {
@@ -53,6 +55,9 @@ def close_run(preparation: Preparation, outcome: Outcome, argv: list[str], libra
         "commits": outcome.commits,
         "peak_bytes": [farewell["peak_bytes"] for _, farewell in sorted(outcome.farewells.items())],
         "busy_seconds": [farewell["busy_s"] for _, farewell in sorted(outcome.farewells.items())],
+        "hops": [
+            {**farewell["hops"], "total_s": farewell["hops_s"]} for _, farewell in sorted(outcome.farewells.items())
+        ],
     }
     summary = {"documents": len(preparation.index), "failed": failed, "content_sha256": digest, "figures": figures}
     run.write_success(summary)
@@ -91,6 +96,8 @@ def _summary(preparation: Preparation, outcome: Outcome, failed: int, logger: lo
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
     say("speed        %s tokens/s over %s, %d commits", quantity(rate), duration(outcome.seconds), outcome.commits)
     say("waits        %s", _longest_waits(outcome))
+    if hops := _hops(outcome):
+        say("hops         %s", hops)
     peak = max(farewell["peak_bytes"] for farewell in outcome.farewells.values())
     on_gpu = max(farewell["device_bytes"] for farewell in outcome.farewells.values())
     beside = f", {on_gpu / 1e6:,.0f} MB of its GPU" if on_gpu else ""
@@ -98,6 +105,22 @@ def _summary(preparation: Preparation, outcome: Outcome, failed: int, logger: lo
     say("results      %s", path)
     say("open them    python -c \"import h5py; print(h5py.File('%s')['documents/bits_per_byte'][:])\"", path)
     say("             rwkvmpi export %s --to jsonl", preparation.run.path)
+
+
+def _hops(outcome: Outcome) -> str:
+    """The messages of the stream, and how much of their time lay behind work; '' where there were none."""
+    ranks = [farewell for _, farewell in sorted(outcome.farewells.items()) if farewell["hops"]["messages"]]
+    if not ranks:
+        return ""
+    hops = Hops()
+    for rank in ranks:
+        hops.add(Hops(**rank["hops"]))
+    most = max(rank["hops"]["exposed_s"] for rank in ranks)
+    # Where no message was waited for from its start, nobody saw how long one takes, and none held a rank up.
+    total = hops.total_s
+    hidden = f"{1 - hops.exposed_s / total:.1%} of their {total:.2f} s hidden behind work" if total else "all hidden"
+    size = f"{hops.messages:,} messages, {quantity(hops.nbytes)}B"
+    return f"{size}, {hidden}; a rank waited {most:.2f} s for them at most"
 
 
 def _longest_waits(outcome: Outcome) -> str:

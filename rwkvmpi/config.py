@@ -51,11 +51,13 @@ class ModelSection(_Section):
 
 
 class InputSection(_Section):
-    """The documents: files, folders and globs, and the keys of records."""
+    """The documents: files, folders and globs, and the keys of records. from_run: the finished `read` run from whose
+    states they go on."""
 
     paths: list[str] = Field(default_factory=list)
     text_key: str = "text"
     id_key: str = "id"
+    from_run: str = ""
 
 
 class TaskSection(_Section):
@@ -66,12 +68,15 @@ class TaskSection(_Section):
 
 
 class GridSection(_Section):
-    """Stages x ring x replicas; 0 lets the planner choose from the world's size."""
+    """Stages x ring x replicas; 0 lets the planner choose from the world's size. How messages travel between ranks,
+    whether they carry checksums, and how many seconds of a neighbour's silence are waited for."""
 
     stages: int = Field(default=0, ge=0)
     ring: int = Field(default=0, ge=0)
     replicas: int = Field(default=0, ge=0)
     transport: Literal["auto", "mpi", "verbs"] = "auto"
+    checksum: Literal["auto", "on", "off"] = "auto"
+    deadline: float = Field(default=300.0, ge=1.0)
 
 
 class RunSection(_Section):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import platform
 import resource
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from rwkvmpi.cluster.signals import StopRequest
 from rwkvmpi.config import Job, parse_commit_every
 from rwkvmpi.corpus.feeder import Feeder
 from rwkvmpi.errors import UserError
+from rwkvmpi.grid.choose import choose_transport
 from rwkvmpi.grid.control import COORDINATOR, Control
 from rwkvmpi.grid.coordinator import Coordinator
 from rwkvmpi.grid.layout import Grid, split_layers
 from rwkvmpi.grid.ledger import RankLedger
 from rwkvmpi.grid.source import CommitClock, Source
-from rwkvmpi.grid.transport import MpiTransport
+from rwkvmpi.grid.transport import Terms, Transport
 from rwkvmpi.grid.wavefront import Wavefront
 from rwkvmpi.grid.wiring import relay_on_ring, sender_below, slot_senders, supply_from_neighbour
 from rwkvmpi.models import cost
@@ -35,6 +38,7 @@ from rwkvmpi.models.model import Stage
 from rwkvmpi.models.weight_store import WeightStore
 from rwkvmpi.ops import library
 from rwkvmpi.prepare import Preparation
+from rwkvmpi.store.handoff import HandedStates
 from rwkvmpi.store.progress import SavedStates
 from rwkvmpi.store.run_folder import RunFolder
 from rwkvmpi.store.shards import ShardWriter
@@ -85,7 +89,7 @@ class Engine:
         self._flops_per_token = cost.layer_cost(shape) * len(stage.layers) + (head_cost if stage.last else 0.0)
 
         self._control = control = Control(comm)
-        transport = MpiTransport(comm.Dup(), control.poll, self._device.pin) if comm is not None else None
+        self._transport = transport = self._make_transport(folder) if comm is not None else None
         self._coordinator = self._make_coordinator(folder, preparation) if preparation is not None else None
         self._source = (
             self._make_source(transport, shape.vocab_size, folder) if place.stage == place.slot == 0 else None
@@ -97,15 +101,15 @@ class Engine:
         else:
             assert transport is not None
             supply = supply_from_neighbour(grid, self._rank, transport, job.model.chunk, stage)
-        sizes = [cost.state_bytes(shape)] * len(stage.layers) + ([task.carry_bytes] if stage.last else [])
         self._wavefront = Wavefront(
             stage,
             task,
             supply,
-            relay_on_ring(grid, self._rank, transport, sizes, stage),
+            relay_on_ring(grid, self._rank, transport, cost.state_bytes(shape), task.carry_bytes, stage),
             sender_below(grid, self._rank, transport, job.model.chunk, stage),
             self._ledger,
             SavedStates.from_json(shared["saved"]) if shared["saved"] is not None else None,
+            HandedStates.from_share(shared["handed"]) if shared["handed"] is not None else None,
             slot=place.slot,
             ring=grid.ring,
             chunk_size=job.model.chunk,
@@ -114,6 +118,10 @@ class Engine:
         )
         self._told_at = 0.0
         control.on_poll += [self._wavefront.serve, self._tick]
+        if transport is not None:
+            transport.connect()
+            logging.getLogger(logs.LOGGER).info("transport: %s", "; ".join(filter(None, [self._why, transport.way])))
+            control.on_poll.append(transport.tick)
 
     def run(self) -> Outcome | None:
         """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
@@ -124,6 +132,8 @@ class Engine:
                 while not self._coordinator.all_gone:
                     self._control.poll()
                     time.sleep(1e-4)
+            if self._transport is not None:
+                self._transport.close()
         self._control.flush()
         self._stop.restore()
         if self._coordinator is None:
@@ -144,6 +154,16 @@ class Engine:
             return shared_weights.build(self._comm, part, make)
         with self._device.explaining():
             return make(None)
+
+    def _make_transport(self, folder: Path) -> Transport:
+        """The way to the neighbours."""
+        job, comm = self._job, self._comm.Dup()
+        number = comm.bcast(secrets.randbits(62) if self._rank == 0 else None)
+        terms = Terms(number, self._control.poll, self._device.pin, job.grid.deadline)
+        transport, self._why = choose_transport(
+            comm, self._grid, job.grid.transport, job.grid.checksum, self._device, terms, folder
+        )
+        return transport
 
     def _check_processors(self) -> None:
         """Ranks that round differently would break the promise that the layout does not show in the bits."""
@@ -188,13 +208,13 @@ class Engine:
             tokens=counters.chunks * self._job.model.chunk,
             flops=counters.chunks * self._job.model.chunk * self._flops_per_token,
             waits=waits,
+            hops=asdict(self._wavefront.hops),
+            hops_s=self._wavefront.hops.total_s,
             device_bytes=self._device.peak_bytes(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
     def _make_coordinator(self, folder: Path, preparation: Preparation) -> Coordinator:
-        from dataclasses import asdict
-
         begun = preparation.progress.in_flight if preparation.progress is not None else []
         logger = logs.setup(folder, self._rank, self._grid.size)
 
@@ -207,15 +227,15 @@ class Engine:
             preparation.queue,
             preparation.ledger,
             {entry.doc: entry for entry in begun},
-            reference=lambda doc: asdict(preparation.index[doc]),
+            reference=lambda doc: asdict(preparation.reference(doc)),
             on_failed=on_failed,
             stop_on_error=self._job.run.on_error == "stop",
         )
 
-    def _make_source(self, transport: MpiTransport | None, vocab_size: int, folder: Path) -> Source:
+    def _make_source(self, transport: Transport | None, vocab_size: int, folder: Path) -> Source:
         job = self._job
         return Source(
-            Feeder(job.model.tokenizer, vocab_size, text_key=job.input.text_key),
+            Feeder(job.model.tokenizer, vocab_size, text_key=job.input.text_key, digests=self._task.keeps_states),
             self._control,
             slot_senders(self._grid, self._rank, transport, job.model.chunk),
             replica=self._grid.place(self._rank).replica,

@@ -11,3 +11,8 @@ class DocumentError(Exception):
 
 class NumericalError(Exception):
     """NaN or Inf in a state or a logit; names the document, the chunk and the layer."""
+
+
+class FabricError(Exception):
+    """A neighbour or the way to it failed in the middle of a run; names both ranks, the port and the remedy. What was
+    committed stands, so the exit code is that of a stopped run."""

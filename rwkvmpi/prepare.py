@@ -18,7 +18,7 @@ from rwkvmpi import __version__
 from rwkvmpi.cluster import gpu
 from rwkvmpi.cluster.logs import LOGGER
 from rwkvmpi.config import AUTO_CHUNK, Job, explain
-from rwkvmpi.corpus.index import CorpusIndex, build_index, compare_fingerprints, order
+from rwkvmpi.corpus.index import CorpusIndex, DocumentRef, build_index, compare_fingerprints, order
 from rwkvmpi.corpus.tokenizers import load_tokenizer
 from rwkvmpi.errors import UserError
 from rwkvmpi.grid.figures import Choice, choose_chunk, load_machine
@@ -30,6 +30,7 @@ from rwkvmpi.models.checkpoint import open_checkpoint
 from rwkvmpi.models.schema import ModelShape
 from rwkvmpi.store.commits import load_last_commit, remove_unlisted
 from rwkvmpi.store.files import dump_json, read_json, write_durably
+from rwkvmpi.store.handoff import Handoff, take_over
 from rwkvmpi.store.ledger import Ledger
 from rwkvmpi.store.progress import Progress
 from rwkvmpi.store.run_folder import RunFolder
@@ -47,6 +48,13 @@ class Examined:
     index: CorpusIndex
     tokenizer: str
     identity: dict[str, Any]
+    handed: Handoff | None = None
+
+    @property
+    def nbytes(self) -> np.ndarray:
+        """int64 [documents]: the bytes that are to be read of each."""
+        nbytes = self.index.nbytes
+        return nbytes if self.handed is None else self.handed.bytes_left(nbytes)
 
 
 @dataclass
@@ -64,6 +72,13 @@ class Preparation:
     queue: DocumentQueue
     ledger: Ledger
     bytes_per_token: float
+    nbytes: np.ndarray  # int64 [documents]: to be read of each
+    handed: Handoff | None = None
+
+    def reference(self, doc: int) -> DocumentRef:
+        """What a source needs to read a document."""
+        ref: DocumentRef = self.index[doc]
+        return ref if self.handed is None else self.handed.reference(ref)
 
     def share(self) -> dict[str, Any]:
         saved = self.progress.saved.to_json() if self.progress is not None and self.progress.in_flight else None
@@ -73,6 +88,7 @@ class Preparation:
             "grid": [self.grid.stages, self.grid.ring, self.grid.replicas],
             "attempt": self.attempt,
             "saved": saved,
+            "handed": self.handed.share() if self.handed is not None else None,
             "names": [self.index.id(doc) for doc in range(len(self.index))] if few else None,
         }
 
@@ -94,7 +110,7 @@ def examine(job: Job, folder: Path, threads: int, force: bool) -> Examined:
         resolve_chunk(job, shape, None if force else folder, threads)
     tokenizer = load_tokenizer(job.model.tokenizer, shape.vocab_size)
     index = build_index(job.input.paths, job.input.text_key, job.input.id_key)
-    identity = {
+    identity: dict[str, Any] = {
         "task": job.task.name,
         "window": job.task.window,
         "model": model_sha256,
@@ -106,7 +122,28 @@ def examine(job: Job, folder: Path, threads: int, force: bool) -> Examined:
         "id_key": job.input.id_key,
         "input": [list(entry) for entry in index.fingerprint()],
     }
-    return Examined(job, shape, index, tokenizer.name, identity)
+    handed = go_on_from(job, shape, index, identity, folder) if job.input.from_run else None
+    identity["from"] = handed.content_sha256 if handed is not None else None
+    return Examined(job, shape, index, tokenizer.name, identity, handed)
+
+
+def go_on_from(job: Job, shape: ModelShape, index: CorpusIndex, identity: dict[str, Any], folder: Path) -> Handoff:
+    """Check the run of --from, and find the documents that go on from it. UserError when it cannot be used."""
+    from rwkvmpi.models.state import wkv_shape  # brings torch along
+
+    handed = take_over(
+        job.input.from_run,
+        folder,
+        model_sha256=identity["model"],
+        tokenizer=" ".join(identity["tokenizer"]),
+        settings={"device": job.model.device, "dtype": job.model.dtype},
+        state_shape=(shape.n_layer, *wkv_shape(shape)),
+        shift_shape=(shape.n_layer, 2, shape.n_embd),
+        count=len(index),
+        id_of=index.id,
+    )
+    logging.getLogger(LOGGER).info("%s", handed.summary())
+    return handed
 
 
 def prepare(
@@ -142,9 +179,11 @@ def prepare(
         run.lock.release()
         raise
     ledger = Ledger(run, attempt, sha256_of(identity), len(index), progress)
-    queue = _queue(index, progress, grid.replicas)
+    nbytes = examined.nbytes
+    queue = _queue(nbytes, progress, grid.replicas)
     per_token = BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)
-    return Preparation(run, job, index, examined.shape, grid, identity, attempt, progress, queue, ledger, per_token)
+    start = run, job, index, examined.shape, grid, identity, attempt, progress
+    return Preparation(*start, queue, ledger, per_token, nbytes, examined.handed)
 
 
 def show_plan(examined: Examined, folder: Path, world: int, threads: int, memory_per_rank: float, force: bool) -> None:
@@ -155,7 +194,7 @@ def show_plan(examined: Examined, folder: Path, world: int, threads: int, memory
     grid = choose(examined, None, world, threads, memory_per_rank)
     job.grid.stages, job.grid.ring, job.grid.replicas = grid.stages, grid.ring, grid.replicas
     job.run.threads = threads
-    nbytes = int(examined.index.nbytes.sum())
+    nbytes = int(examined.nbytes.sum())
     print(job.to_toml(), end="")
     print(f"# {len(examined.index):,} documents of about {nbytes:,} bytes; nothing was read or written", flush=True)
 
@@ -168,12 +207,8 @@ def resolve(job: Job) -> None:
         gpu.require()
     if job.model.dtype == "auto":
         job.model.dtype = "float32" if job.model.device == "cpu" else "bfloat16"
-    if job.grid.transport == "auto":
-        job.grid.transport = "mpi"
     if why := cost.refusal(job.model.device, job.model.dtype):
         raise UserError(why)
-    if job.grid.transport == "verbs":
-        raise UserError("--transport verbs: this version has the transport mpi only; leave the option out")
 
 
 def resolve_chunk(job: Job, shape: ModelShape, folder: Path | None, threads: int) -> None:
@@ -205,7 +240,7 @@ def check_identity(run: RunFolder, identity: dict[str, Any]) -> None:
             if difference is not None:
                 raise UserError(f"{run.path}: this run was started with other input: {difference}; {way_out}")
         elif before != value:
-            what = {"model": "model (its SHA-256)"}.get(key, key)
+            what = {"model": "model (its SHA-256)", "from": "--from (the digest of its results)"}.get(key, key)
             raise UserError(f"{run.path}: this run was started with {what} = {before}, now it is {value}; {way_out}")
 
 
@@ -235,10 +270,10 @@ def provenance(argv: list[str], library: str, ranks: list[dict[str, Any]]) -> di
     return {"argv": argv, "versions": versions, "mpi": library, "platform": platform.platform(), "ranks": ranks}
 
 
-def _queue(index: CorpusIndex, progress: Progress | None, takers: int) -> DocumentQueue:
+def _queue(nbytes: np.ndarray, progress: Progress | None, takers: int) -> DocumentQueue:
     done = progress.done if progress is not None else np.zeros(0, np.int64)
     begun = [entry.doc for entry in progress.in_flight] if progress is not None else []
-    return DocumentQueue(order(index), index.nbytes, done, begun, takers)
+    return DocumentQueue(order(nbytes), nbytes, done, begun, takers)
 
 
 def choose(examined: Examined, progress: Progress | None, world: int, threads: int, memory_per_rank: float) -> Grid:
@@ -247,12 +282,12 @@ def choose(examined: Examined, progress: Progress | None, world: int, threads: i
     left = np.ones(len(index), dtype=bool)
     if progress is not None:
         left[progress.done] = False
-    tokens = (index.nbytes[left] / BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)).astype(np.int64)
+    tokens = (examined.nbytes[left] / BYTES_PER_TOKEN.get(examined.tokenizer, 4.0)).astype(np.int64)
     work = work_of(shape, cost.ITEMSIZE[job.model.dtype], job.model.chunk, tokens, job.task.name == "score")
     grid = choose_grid(
         work,
         world,
-        load_machine(job.model.device, job.model.dtype, threads),
+        load_machine(job.model.device, job.model.dtype, threads, job.grid.transport),
         stages=job.grid.stages,
         ring=job.grid.ring,
         replicas=job.grid.replicas,

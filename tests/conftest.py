@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import command, environment
+from texts import text_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -47,12 +47,6 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return path
 
     return make
-
-
-def text_of(length: int, seed: int) -> bytes:
-    """Bytes that look a little like text: words of few letters, some lines."""
-    source = random.Random(seed)
-    return bytes(source.choice(b"abcdefghij   \n,.") for _ in range(length))
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,22 @@
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import launching
 import pytest
 import torch
 from rich.console import Console
 
-from rwkvmpi.bench import peak_flops, timing
-from rwkvmpi.bench.hops import message_sizes
+from rwkvmpi.bench import peak_flops, perftest, timing
+from rwkvmpi.bench.hops import message_rooms
 from rwkvmpi.bench.layers import layer_profile
 from rwkvmpi.bench.measure import store
 from rwkvmpi.bench.products import matrices
-from rwkvmpi.bench.report import show
+from rwkvmpi.bench.report import show, show_fabric
 from rwkvmpi.bench.roofs import _peak, cold_bytes, last_cache_bytes
 from rwkvmpi.bench.shapes import parse_shape, random_checkpoint, slice_of
 from rwkvmpi.bench.timing import QUICK, Effort
@@ -90,9 +95,10 @@ def test_cold_weights_exceed_the_caches():
 
 def test_the_messages_are_those_of_a_run():
     shape = make_shape("7", **SMALL)
-    sizes = message_sizes(shape, 1024)
-    assert sizes["state"] - cost.state_bytes(shape) == 32
-    assert 1024 * cost.activation_bytes(shape) < sizes["activations"] < 1024 * cost.activation_bytes(shape) * 1.1
+    rooms = message_rooms(shape, 1024)
+    assert (rooms["state"].head, rooms["state"].body) == (0, cost.state_bytes(shape))
+    assert rooms["activations"].body == 1024 * cost.activation_bytes(shape)
+    assert rooms["activations"].nbytes < 1024 * cost.activation_bytes(shape) * 1.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -165,3 +171,98 @@ def test_ranks_measure_their_hops(rwkvmpi, small_model, tmp_path, monkeypatch):
     plan = json.loads(rwkvmpi("plan", small_model("4"), "--ranks", 2, "--json").stdout)
     assert plan["machine"]["hop_latency_s"] == slowest["latency_s"]
     assert plan["machine"]["hop_bytes_per_second"] == slowest["bytes_per_second"]
+
+
+@pytest.mark.parallel
+def test_the_fabric_is_measured_and_kept_for_plan(rwkvmpi, small_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = json.loads(rwkvmpi("bench", small_model("7"), "--fabric", "--quick", "--json", ranks=2).stdout)
+    (hop,) = result["transports"]["mpi"]
+    assert hop["ranks"] == [0, 1]
+    assert list(hop["sizes"]) == ["64 B", "4 KiB", "64 KiB", "1 MiB", "state", "activations"]
+    assert hop["sizes"]["1 MiB"]["bytes"] == (1 << 20) + 64
+    names = {"mpi", "mpi-device", "verbs", "perftest"}
+    assert {*result["transports"], *result["absent"]} | ({"perftest"} if result["perftest"] else set()) == names
+    assert all(result["absent"].values())
+    kept = json.loads((tmp_path / "cache/rwkvmpi/figures.json").read_text())["hops"]
+    assert set(kept) == set(result["transports"])
+    assert kept["mpi"]["latency_s"] == hop["latency_s"]
+
+
+def test_one_rank_has_no_fabric(rwkvmpi):
+    assert "mpirun -n 2 rwkvmpi bench --fabric" in rwkvmpi("bench", "--fabric", code=2).stderr
+
+
+LATENCY_TABLE = """
+                    RDMA_Write Latency Test
+ TX depth        : 1
+ GID index       : 1
+---------------------------------------------------------------------------------------
+ #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]    t_stdev[usec]   99% percentile[usec]   99.9% percentile[usec]
+ 64      1000          1.48           9.49         1.53     	       1.54        	0.13   		1.70    		9.49
+---------------------------------------------------------------------------------------
+"""  # noqa: E501
+BANDWIDTH_TABLE = """
+ #bytes     #iterations    BW peak[Gb/sec]    BW average[Gb/sec]   MsgRate[Mpps]
+ 1048576    64             97.00              96.00 		   0.011444
+"""
+
+
+def test_the_tables_of_perftest_are_read():
+    assert perftest.typical_seconds(LATENCY_TABLE) == pytest.approx(1.53e-6)
+    assert perftest.bytes_per_second(BANDWIDTH_TABLE) == 12e9
+    with pytest.raises(ValueError, match="it measured inf"):
+        perftest.typical_seconds(LATENCY_TABLE.replace(" 1.53 ", " inf "))
+    with pytest.raises(ValueError, match="no table"):
+        perftest.typical_seconds("Couldn't connect to node7:18515")
+
+
+PERFTEST = """#!{python}
+# plays both programs: the server listens late, the client fails until then
+import os, socket, sys, time
+*_, port, host = sys.argv if not sys.argv[-1].isdigit() else [*sys.argv, None]
+if host is None:
+    time.sleep(0.5)
+    socket.create_server(("127.0.0.1", int(port))).accept()
+    sys.exit()
+assert sys.argv[sys.argv.index("-x") + 1] == "1", sys.argv
+try:
+    socket.create_connection((host, int(port)))
+except OSError:
+    sys.exit(f"Couldn't connect to {{host}}:{{port}}")
+print({table!r} if {works} else "Failed to modify QP to RTR")
+sys.exit(not {works})
+"""
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("works", [True, False])
+def test_perftest_is_run_between_two_ranks(works, tmp_path):
+    for name, table in ((perftest.LATENCY, LATENCY_TABLE), (perftest.BANDWIDTH, BANDWIDTH_TABLE)):
+        path = tmp_path / name
+        path.write_text(PERFTEST.format(python=sys.executable, table=table, works=works))
+        path.chmod(0o755)
+    program = Path(__file__).parent / "perftest_program.py"
+    done = subprocess.run(
+        [launching.mpirun(), "-n", "2", sys.executable, program],
+        env=launching.environment(PATH=f"{tmp_path}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    pairs, failed = json.loads(done.stdout)
+    assert [pair["ranks"] for pair in pairs] == [[0, 1]]
+    assert pairs[0]["ports"] == ["rxe0:1", "rxe1:1"]
+    if works:
+        assert failed == ""
+        entry = {"seconds": pytest.approx(1.53e-6), "bytes_per_second": 12e9}
+        assert pairs[0]["sizes"] == {"64 B": {"bytes": 64, **entry}, "1 MiB": {"bytes": 1 << 20, **entry}}
+        shown = io.StringIO()
+        found = {"ranks": 2, "mpi": "MPI", "device": "cpu", "transports": {}, "perftest": pairs, "absent": {}}
+        model = {"version": "7", "n_embd": 768, "chunk": 1024}
+        show_fabric({**found, "model": model, "stored": None}, Console(file=shown, width=120))
+        assert ["1", "MiB", "1,048,576", "1.5", "12.00"] in [line.split() for line in shown.getvalue().splitlines()]
+    else:
+        assert pairs[0]["sizes"] == {}
+        assert failed.startswith("between ranks 0 and 1 ib_write_lat failed: exit code 1, Failed to modify QP to RTR")

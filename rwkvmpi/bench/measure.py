@@ -11,11 +11,13 @@ import torch
 
 from rwkvmpi.bench import hops, layers, products, roofs, speed
 from rwkvmpi.bench.shapes import random_checkpoint, shape_of, slice_of
-from rwkvmpi.bench.timing import FULL, QUICK
+from rwkvmpi.bench.timing import FULL, QUICK, Effort
 from rwkvmpi.cluster import pinning
 from rwkvmpi.cluster.waiting import quiet_bcast
 from rwkvmpi.config import DEFAULT_CHUNK
 from rwkvmpi.grid import figures
+from rwkvmpi.grid.mpi_transport import MpiTransport
+from rwkvmpi.grid.transport import Terms
 from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import Checkpoint
 from rwkvmpi.models.cost import KINDS
@@ -53,7 +55,7 @@ def run(request: Request, comm: Any, say: Say) -> dict[str, Any] | None:
     effort = QUICK if request.quick else FULL
     torch.set_num_threads(request.threads)
     with pinning.settle(comm, request.threads):
-        found = hops.measure_hops(comm, shape, DEFAULT_CHUNK, effort) if comm is not None else []
+        found = _hops(comm, shape, effort) if comm is not None else []
         result = _measure(request, shape, say) if comm is None or comm.rank == 0 else None
     if comm is not None:
         quiet_bcast(comm, 0)
@@ -61,6 +63,10 @@ def run(request: Request, comm: Any, say: Say) -> dict[str, Any] | None:
         result["hops"] = found
         result["stored"] = store(result)
     return result
+
+
+def _hops(comm: Any, shape: ModelShape, effort: Effort) -> list[dict[str, Any]]:
+    return hops.measure_hops(comm, MpiTransport(comm.Dup(), Terms()), hops.message_rooms(shape, DEFAULT_CHUNK), effort)
 
 
 def _measure(request: Request, shape: ModelShape, say: Say) -> dict[str, Any]:
@@ -149,8 +155,7 @@ def store(result: dict[str, Any]) -> str | None:
             if result["machine"]["taken_by_others"] <= DISTURBED:  # else the fastest is fastest by chance
                 figures.set_chunks(known, "cpu", dtype, threads, shape["version"], shape["n_embd"], rates)
         if result["hops"]:
-            hop = hops.slowest(result["hops"])
-            figures.set_hop(known, hop["latency_s"], hop["bytes_per_second"])
+            hops.keep(known, MpiTransport.name, result["hops"])
 
     path = figures.update(change)
     return None if path is None else str(path)

@@ -8,6 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rwkvmpi.bench.hops import is_between_nodes
+
+RAW = "raw verbs"
+
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print what `measure.run` gave."""
@@ -31,6 +35,55 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
             yield _steps(dtype, found)
     if result["hops"]:
         yield _hops(result["hops"])
+
+
+def show_fabric(result: dict[str, Any], console: Console) -> None:
+    """Print what `fabric.run` gave: of the pairs on one node, and of those between nodes, the slowest one."""
+    model, raw = result["model"], result["perftest"]
+    _say(
+        console,
+        [
+            f"{result['ranks']} ranks, {result['mpi']}, {result['device']}; one way, in us, half of there and back",
+            f"state and activations: RWKV-{model['version']}, {model['n_embd']} channels, chunks of {model['chunk']:,}",
+            *([f"{RAW}: perftest's ib_write_lat, and ib_write_bw, which does not wait for answers"] if raw else []),
+        ],
+    )
+    everything = {**result["transports"], **({"perftest": raw} if raw else {})}
+    for between in (False, True):
+        kind = {name: [hop for hop in hops if is_between_nodes(hop) == between] for name, hops in everything.items()}
+        if any(kind.values()):
+            console.print()
+            console.print(_fabric("between nodes" if between else "on one node", kind))
+    console.print()
+    kept = f"kept for `plan` and the choice of a grid in {result['stored'] or 'no file: it cannot be written'}"
+    _say(console, [*(f"without {name}: {why}" for name, why in result["absent"].items()), kept])
+
+
+def _fabric(where: str, kind: dict[str, list[dict[str, Any]]]) -> Table:
+    """Per size, us and GB/s of each way's slowest pair (that of the largest message)."""
+    chosen = {name: max(hops, key=_slowness) for name, hops in kind.items() if hops}
+    pairs = max(len(hops) for hops in kind.values())
+    of = f"slowest of {pairs} pairs" if pairs > 1 else "ranks {} - {}".format(*next(iter(chosen.values()))["ranks"])
+    columns = [text for name in chosen for text in (RAW if name == "perftest" else name, "GB/s")]
+    table = _table(f"hops {where}, {of}", "message", "bytes", *columns)
+    ways = reversed(chosen.values())  # the first one's bytes count, with the envelope
+    sizes = {size: entry["bytes"] for hop in ways for size, entry in hop["sizes"].items()}
+    for size in sorted(sizes, key=lambda size: sizes[size]):
+        cells = []
+        for hop in chosen.values():
+            entry = hop["sizes"].get(size)
+            if entry is None:
+                cells += ["-", "-"]
+                continue
+            rate = entry.get("bytes_per_second", entry["bytes"] / entry["seconds"])
+            cells += [f"{entry['seconds'] * 1e6:,.1f}", f"{rate / 1e9:,.2f}"]
+        table.add_row(size, f"{sizes[size]:,}", *cells)
+    return table
+
+
+def _slowness(hop: dict[str, Any]) -> float:
+    largest = max(hop["sizes"].values(), key=lambda entry: entry["bytes"], default={"seconds": 0.0})
+    return float(largest["seconds"])
 
 
 def _say(console: Console, lines: Iterable[str]) -> None:

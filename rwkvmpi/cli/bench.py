@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rwkvmpi.config import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, ROW_ALIGNMENT
+from rwkvmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DTYPES = ("float32", "bfloat16", "int8")
 WIDTH = 120  # of the tables where there is no terminal
@@ -41,6 +47,12 @@ def _chunks(context: click.Context, parameter: click.Parameter, value: str) -> t
     metavar="G,G,...",
     help=f"Tokens per chunk to compare; {DEFAULT_CHUNK} is always among them.",
 )
+@click.option(
+    "--fabric",
+    is_flag=True,
+    help="Under mpirun or srun: only the hops between neighbours, by size and for each transport, beside raw verbs "
+    "(perftest).",
+)
 @click.option("--quick", is_flag=True, help="A few seconds instead of a minute, with coarser figures.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(
@@ -49,6 +61,7 @@ def command(
     dtype: str | None,
     threads: int | None,
     chunks: tuple[int, ...],
+    fabric: bool,
     quick: bool,
     as_json: bool,
 ) -> None:
@@ -62,6 +75,8 @@ def command(
         raise click.UsageError("give MODEL or --shape, not both")
     from rwkvmpi.cluster import mpi
 
+    if fabric:
+        mpi.guard(lambda: _bench_fabric(model, shape, quick, as_json))
     dtypes = DTYPES if dtype == "all" else (dtype,) if dtype else ()
     mpi.guard(lambda: _bench(model, shape, dtypes, threads, chunks, quick, as_json))
 
@@ -84,28 +99,54 @@ def _bench(
 
     from rwkvmpi.bench.measure import DISTURBED, Request, run
 
-    def say(what: str) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[Kmeasuring {what}", err=True, nl=False)
-
-    result = run(Request(model, shape, dtypes, threads, chunks, quick), comm, say)
+    result = run(Request(model, shape, dtypes, threads, chunks, quick), comm, _say)
     if result is None:
         return 0
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", err=True, nl=False)
+    _say("")
     if (taken := result["machine"]["taken_by_others"]) > DISTURBED:
         logger.warning(
             "other programs took %.0f%% of the processor's time: the figures are too low, and no chunk was chosen by "
             "them; measure again when the machine is quiet",
             100 * taken,
         )
+    from rwkvmpi.bench.report import show
+
+    _print(result, show, as_json)
+    return 0
+
+
+def _bench_fabric(model: str | None, shape: str | None, quick: bool, as_json: bool) -> int:
+    from rwkvmpi.cluster import logs, mpi
+
+    comm = mpi.world()
+    logs.setup(None, *((comm.rank, comm.size) if comm is not None else ()))
+    if comm is None:
+        raise UserError(
+            "bench --fabric measures messages between ranks, and this is one rank; start it under mpirun or srun: "
+            "mpirun -n 2 rwkvmpi bench --fabric"
+        )
+    from rwkvmpi.bench import fabric
+    from rwkvmpi.bench.report import show_fabric
+    from rwkvmpi.bench.shapes import shape_of
+
+    result = fabric.run(comm, shape_of(model, shape), quick, _say)
+    if result is not None:
+        _say("")
+        _print(result, show_fabric, as_json)
+    return 0
+
+
+def _say(what: str) -> None:
+    """What is being measured, in a line of its own on a terminal; "": nothing any more."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{'measuring ' if what else ''}{what}", err=True, nl=False)
+
+
+def _print(result: dict[str, Any], show: Callable[[dict[str, Any], Console], None], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         from rich.console import Console
 
-        from rwkvmpi.bench.report import show
-
         show(result, Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False))
     sys.stdout.flush()
-    return 0

@@ -17,6 +17,8 @@ KEYS = {
     "ring": ("grid", "ring"),
     "replicas": ("grid", "replicas"),
     "transport": ("grid", "transport"),
+    "checksum": ("grid", "checksum"),
+    "deadline": ("grid", "deadline"),
     "chunk": ("model", "chunk"),
     "device": ("model", "device"),
     "dtype": ("model", "dtype"),
@@ -27,6 +29,7 @@ KEYS = {
     "threads": ("run", "threads"),
     "text_key": ("input", "text_key"),
     "id_key": ("input", "id_key"),
+    "from_run": ("input", "from_run"),
     "window": ("task", "window"),
 }
 
@@ -54,10 +57,34 @@ MODEL_OPTIONS: list[Decorator] = [
     click.option("--tokenizer", metavar="auto|world|bytes|FILE.json", help="[default: auto, by the vocabulary's size]"),
     click.option("--text-key", metavar="KEY", help="Key or column of a record's text.  [default: text]"),
     click.option("--id-key", metavar="KEY", help="Key or column of a record's id.  [default: id]"),
+    click.option(
+        "--from",
+        "from_run",
+        metavar="RUN",
+        help="Go on from the states of RUN, a finished `rwkvmpi read` with the same model, tokenizer, device and "
+        "dtype, on whatever ranks: a document with the id of one there must begin with the text that was read there, "
+        "and only what it has grown by is read; its tokens, bytes, nll and windows count from there. Others are read "
+        "from their start.",
+    ),
 ]
 
 RUN_OPTIONS: list[Decorator] = [
-    click.option("--transport", type=click.Choice(["auto", "mpi", "verbs"]), help="[default: auto]"),
+    click.option(
+        "--transport",
+        type=click.Choice(["auto", "mpi", "verbs"]),
+        help="How messages travel between ranks: through MPI, or by RDMA verbs.  [default: auto]",
+    ),
+    click.option(
+        "--checksum",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Whether messages between ranks carry one.  [default: auto, on for verbs]",
+    ),
+    click.option(
+        "--deadline",
+        type=click.FloatRange(1.0),
+        metavar="SECONDS",
+        help="How long a neighbour may be silent before the rank gives up.  [default: 300]",
+    ),
     click.option("--threads", type=click.IntRange(0), help="Threads per rank.  [default: cores / ranks on the node]"),
     click.option("--commit-every", metavar="SECONDS", help="Or a number of chunks: 500c.  [default: 60]"),
     click.option(

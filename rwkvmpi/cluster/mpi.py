@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 
 from rwkvmpi.cluster import logs
 from rwkvmpi.cluster.launcher import LaunchFacts, launch_facts, launcher_ancestors, started_at
-from rwkvmpi.errors import NumericalError, UserError
+from rwkvmpi.errors import FabricError, NumericalError, UserError
 
 EXIT_CRASH = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75
 EXIT_MEANINGS = {0: "done", 2: "usage or configuration", 3: "done, some documents failed", 75: "stopped, resumable"}
+EXIT_CODES = {UserError: EXIT_USAGE, NumericalError: EXIT_CRASH, FabricError: EXIT_STOPPED}
 RANK_0_FIRST_S = 1.5  # a mistake that all ranks find is told by rank 0 alone, before the others get a word in
 SPEAK_IN_TURN_S = 0.3  # the first who speaks ends the others before they repeat it
 ABORT_LIMIT_S = 5.0
@@ -76,8 +78,8 @@ def any_source(comm: Any, tag: int) -> tuple[int, int] | None:
 def guard(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main function as a rank and end the process with its exit code on all ranks.
 
-    A UserError on one rank is one sentence and exit code 2 everywhere; a NumericalError a sentence and 1; any other
-    exception a traceback and 1. `sys.exit` inside counts as a return value.
+    A UserError on one rank is one sentence and exit code 2 everywhere; a NumericalError a sentence and 1; a FabricError
+    a sentence and 75; any other exception a traceback and 1. `sys.exit` inside counts as a return value.
     """
     install_abort_hook()
     try:
@@ -126,8 +128,8 @@ def finish(code: int) -> NoReturn:
 def fail(error: BaseException) -> NoReturn:
     """End all ranks because of an exception on this one; never returns, works from any thread."""
     facts = launch_facts()
-    if isinstance(error, (UserError, NumericalError)):
-        code = EXIT_USAGE if isinstance(error, UserError) else EXIT_CRASH
+    if isinstance(error, (UserError, NumericalError, FabricError)):
+        code = EXIT_CODES[type(error)]
         if facts.rank != 0:
             _on_terminate_leave_with(code)
             time.sleep(RANK_0_FIRST_S + SPEAK_IN_TURN_S * min(facts.rank - 1, 8))

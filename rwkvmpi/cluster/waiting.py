@@ -1,4 +1,4 @@
-"""Waiting for rank 0 without burning a core: MPI's own collectives spin."""
+"""Waiting for other ranks without burning a core: MPI's own collectives spin."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def quiet_bcast(comm: Any, value: int) -> int:
     while not request.Test():
         time.sleep(LOOK_EVERY_S)
     return int(buffer[0])
+
+
+def quiet_barrier(comm: Any) -> None:
+    """Return when all ranks are here; who comes early sleeps."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(LOOK_EVERY_S)

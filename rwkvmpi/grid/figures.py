@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rwkvmpi.config import DEFAULT_CHUNK, MAX_CHUNK, MIN_CHUNK, ROW_ALIGNMENT
+from rwkvmpi.grid.choose import DEVICE_MEMORY
 from rwkvmpi.grid.plan import Machine
 
 SHORTEST_RUN_S = 10.0
@@ -54,10 +55,11 @@ class Speed(_Entry):
 
 
 class Hop(_Entry):
-    """A message to a neighbour takes latency_s + bytes / bytes_per_second."""
+    """A message to a neighbour takes latency_s + bytes / bytes_per_second; between_nodes: of another machine."""
 
     latency_s: Positive
     bytes_per_second: Positive
+    between_nodes: bool = False
 
 
 class Memory(_Entry):
@@ -76,14 +78,14 @@ class ChunkSpeeds(_Entry):
 
 class Figures(BaseModel):
     """The whole file. Keys: "DEVICE DTYPE THREADS" for speeds, the same and "VERSION WIDTH" for chunks, "THREADS" for
-    memory."""
+    memory, a transport's name for hops."""
 
     model_config = ConfigDict(extra="ignore")
 
     speeds: dict[str, Speed] = Field(default_factory=dict)
     chunks: dict[str, ChunkSpeeds] = Field(default_factory=dict)
     memory: dict[str, Memory] = Field(default_factory=dict)
-    hop: Hop | None = None
+    hops: dict[str, Hop] = Field(default_factory=dict)
 
 
 def figures_path() -> Path:
@@ -134,15 +136,33 @@ def update(change: Callable[[Figures], None]) -> Path | None:
     return path
 
 
-def load_machine(device: str, dtype: str, threads: int) -> Machine:
-    """The measured figures for this kind of rank; what was not measured is Machine's default."""
+def load_machine(device: str, dtype: str, threads: int, transport: str = "auto") -> Machine:
+    """The measured figures for this kind of rank, with the hops of what a job with this `transport` would use; what
+    was not measured is Machine's default."""
     figures = load()
     machine = Machine() if device == "cpu" else Machine(flops_per_second=GPU_FLOPS[dtype])
     if (speed := figures.speeds.get(_key(device, dtype, threads))) is not None:
         machine = machine.with_speed(speed.flops_per_second, str(speed))
-    if (hop := figures.hop) is not None:
-        machine = machine.with_hop(hop.latency_s, hop.bytes_per_second, str(hop))
+    for name in _likely(figures, device, transport):
+        if (hop := figures.hops.get(name)) is not None:
+            return machine.with_hop(hop.latency_s, hop.bytes_per_second, f"{hop}, over {name}")
     return machine
+
+
+def _likely(figures: Figures, device: str, wanted: str) -> list[str]:
+    """Names of transports, the likeliest first: what `grid.choose` would take, as far as one process can tell.
+
+    It cannot know whether ranks will be on several nodes; but where hops over verbs were measured between nodes, they
+    were at least once.
+    """
+    if wanted == "verbs":
+        return ["verbs"]
+    over_mpi = ["mpi"] if device == "cpu" or os.environ.get(DEVICE_MEMORY) == "0" else ["mpi-device", "mpi"]
+    verbs = figures.hops.get("verbs")
+    chosen_ucx = os.environ.get("OMPI_MCA_pml") == "ucx"  # noqa: SIM112 - Open MPI's own spelling
+    if wanted == "auto" and verbs is not None and verbs.between_nodes and not chosen_ucx:
+        return ["verbs", *over_mpi]
+    return over_mpi
 
 
 def note_speed(device: str, dtype: str, threads: int, flops: float, seconds: float) -> None:
@@ -169,9 +189,13 @@ def set_memory(figures: Figures, threads: int, bytes_per_second: float) -> None:
     figures.memory[str(threads)] = Memory(bytes_per_second=bytes_per_second, **_here("bench"))
 
 
-def set_hop(figures: Figures, latency_s: float, bytes_per_second: float) -> None:
+def set_hop(
+    figures: Figures, transport: str, latency_s: float, bytes_per_second: float, between_nodes: bool = False
+) -> None:
     """Put what a message to a neighbour takes among the figures."""
-    figures.hop = Hop(latency_s=latency_s, bytes_per_second=bytes_per_second, **_here("bench"))
+    figures.hops[transport] = Hop(
+        latency_s=latency_s, bytes_per_second=bytes_per_second, between_nodes=between_nodes, **_here("bench")
+    )
 
 
 class Choice(NamedTuple):

@@ -1,9 +1,11 @@
-"""The frame: one chunk as it travels down the stages, in one contiguous buffer.
+"""The frame: one chunk as it travels down the stages, a message's head and body.
 
-    header 16 x int64 | segments [G/32, 8] int64 | tokens [G] int32 | targets [G] int32 | x [G, C] | v_first [G, C]
+    head: header 16 x int64 | segments [G/32, 8] int64 | tokens [G] int32 | targets [G] int32
+    body: x [G, C] | v_first [G, C]
 
 The header carries what every rank must know to act alone and yet in step: the chunk's index, the number of the
 latest commit and whether this chunk's incoming state is the one that the commit keeps, and the end of the stream.
+The body may lie in a GPU's memory; nothing here looks into it.
 x and v_first are float32 whatever the weights are: rounding them at a hop would make results depend on the layout.
 """
 
@@ -14,6 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from rwkvmpi.corpus.stream import Chunk
+from rwkvmpi.grid.transport import Parcel, Room
 
 MAGIC = 0x52574B5631  # "RWKV1"
 HEADER_WORDS = 16
@@ -34,27 +37,27 @@ class Word(IntEnum):
     CHUNKS = 8  # with END: how many chunks there were
 
 
+def frame_room(chunk_size: int, width: int = 0, with_v_first: bool = False) -> Room:
+    """Of the frames between two stages (C = `width`), or from the source to a slot (no body)."""
+    segments = chunk_size // 32
+    head = 8 * HEADER_WORDS + 8 * SEGMENT_WORDS * segments + 2 * 4 * chunk_size
+    return Room(head, chunk_size * width * 4 * (2 if with_v_first else 1), on_device=width > 0)
+
+
 class Frame:
-    """Views into one frame's buffer; nothing is copied.
+    """Views into a parcel's head, of the memory given or of its own; nothing is copied. `chunk_size` G rows."""
 
-    `chunk_size` G rows; `width` C channels for x (0: a frame without activations, as the source sends it);
-    `with_v_first`: RWKV-7's v_first travels beside x.
-    """
-
-    def __init__(self, chunk_size: int, width: int, with_v_first: bool, buffer: np.ndarray | None = None) -> None:
+    def __init__(self, chunk_size: int, parcel: Parcel | None = None) -> None:
         segments = chunk_size // 32
-        sizes = [HEADER_WORDS * 8, segments * SEGMENT_WORDS * 8, chunk_size * 4, chunk_size * 4]
-        sizes += [chunk_size * width * 4, chunk_size * width * 4 if with_v_first else 0]
-        ends = np.cumsum([0, *sizes])
-        self.head_bytes = int(ends[4])
-        self.buffer = np.zeros(int(ends[-1]), dtype=np.uint8) if buffer is None else buffer
-        part = [self.buffer[ends[i] : ends[i + 1]] for i in range(6)]
+        if parcel is None:
+            parcel = Parcel(np.zeros(frame_room(chunk_size).head, dtype=np.uint8), np.zeros(0, dtype=np.uint8))
+        self.head, self.body = parcel
+        ends = np.cumsum([0, HEADER_WORDS * 8, segments * SEGMENT_WORDS * 8, chunk_size * 4, chunk_size * 4])
+        part = [self.head[ends[i] : ends[i + 1]] for i in range(4)]
         self.header = part[0].view(np.int64)
         self._segments = part[1].view(np.int64).reshape(segments, SEGMENT_WORDS)
         self.tokens = part[2].view(np.int32)
         self.targets = part[3].view(np.int32)
-        self.x = part[4].view(np.float32).reshape(chunk_size, width)
-        self.v_first = part[5].view(np.float32).reshape(chunk_size, width) if with_v_first else None
 
     def begin(self, index: int) -> None:
         """Make this the frame of chunk `index`, with an empty header."""
@@ -71,7 +74,7 @@ class Frame:
 
     def copy_head(self, other: Frame) -> None:
         """Take everything but the activations from `other`."""
-        self.buffer[: self.head_bytes] = other.buffer[: self.head_bytes]
+        self.head[:] = other.head
 
     def check(self, expected_index: int) -> None:
         """RuntimeError when this is not the frame that must come now: a wrong message never becomes a wrong result."""

@@ -45,6 +45,16 @@ class Grid:
         per_replica = self.stages * self.ring
         return range(replica * per_replica, (replica + 1) * per_replica)
 
+    def neighbours(self, rank: int) -> set[int]:
+        """The ranks with which this one exchanges messages of the stream: above and below, left and right on the ring,
+        and between a replica's source and the slots that it feeds."""
+        stage, slot, replica = (place := self.place(rank)).stage, place.slot, place.replica
+        found = {self.rank(Place(other, slot, replica)) for other in (stage - 1, stage + 1) if 0 <= other < self.stages}
+        found |= {self.rank(Place(stage, slot + step, replica)) for step in (-1, 1)}
+        if stage == 0:
+            found |= {self.rank(Place(0, other, replica)) for other in range(self.ring) if 0 in (slot, other)}
+        return found - {rank}
+
     def __str__(self) -> str:
         return f"{self.stages} x {self.ring} x {self.replicas}"
 

@@ -66,6 +66,7 @@ class RankLedger:
         assert self._source is not None
         cut = self._source.cuts.pop(number)
         for ended in cut.ended:
-            self.recorder.add_document(ended.doc, ended.nbytes, ended.ntokens, ended.error is None, ended.error or "")
+            ok, error = ended.error is None, ended.error or ""
+            self.recorder.add_document(ended.doc, ended.nbytes, ended.ntokens, ok, error, ended.sha256)
         flight = cut.in_flight
         return None if flight is None else [flight.doc, flight.position, *flight.cursor]

@@ -18,7 +18,7 @@ from rwkvmpi.corpus.index import DocumentRef
 from rwkvmpi.corpus.stream import ChunkBuilder, EndedDocument
 from rwkvmpi.grid.control import COORDINATOR, Control
 from rwkvmpi.grid.frame import Frame, Word
-from rwkvmpi.grid.transport import Receiver, Sender
+from rwkvmpi.grid.transport import Hops, Receiver, Sender
 
 READ_AHEAD_BYTES = 1 << 20  # of documents taken from the queue beyond the one being read
 READ_AHEAD_DOCUMENTS = 64
@@ -87,6 +87,7 @@ class Source:
         self._served = 0
         self.cuts: dict[int, Cut] = {}
         self.waited_s = 0.0
+        self.hops = Hops()  # its frames do not travel to itself
         control.handle("documents", self._on_documents)
         control.handle("stop", lambda _source, _message: self._on_stop())
 
@@ -197,7 +198,7 @@ class Source:
 
     def _open_frame(self, slot: int) -> tuple[Sender | None, Frame]:
         sender = self._slots[slot]
-        return sender, Frame(self._chunk_size, 0, False, None if sender is None else sender.buffer())
+        return sender, Frame(self._chunk_size, None if sender is None else sender.buffer())
 
     def _close_frame(self, sender: Sender | None, frame: Frame) -> None:
         frame.header[Word.COMMIT] = self._commit
@@ -205,7 +206,7 @@ class Source:
         if sender is None:
             self._own.append(frame)
         else:
-            sender.send(frame.buffer.nbytes)
+            sender.send(frame.index, 0)
 
     # --- commits and the end
 
@@ -247,24 +248,23 @@ class Source:
 class LinkSupply:
     """Frames that come from a neighbour: the stage above, or the replica's source."""
 
-    def __init__(self, receiver: Receiver, chunk_size: int, width: int, with_v_first: bool) -> None:
+    def __init__(self, receiver: Receiver, chunk_size: int) -> None:
         self._receiver = receiver
-        self._shape = (chunk_size, width, with_v_first)
-        self._frames: dict[int, Frame] = {}
+        self._chunk_size = chunk_size
 
     @property
     def waited_s(self) -> float:
         return self._receiver.waited_s
 
+    @property
+    def hops(self) -> Hops:
+        return self._receiver.hops
+
     def next(self, index: int) -> Frame:
-        buffer = self._receiver.wait()
-        frame = self._frames.get(buffer.ctypes.data)
-        if frame is None:
-            frame = self._frames[buffer.ctypes.data] = Frame(*self._shape, buffer)
-        return frame
+        return Frame(self._chunk_size, self._receiver.wait(index))
 
     def release(self) -> None:
         self._receiver.release()
 
     def close(self) -> None:
-        self._receiver.cancel()
+        self._receiver.close()

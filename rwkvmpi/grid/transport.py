@@ -1,159 +1,367 @@
 """How messages travel between neighbours: receives posted ahead, sends that go on while the rank computes.
 
 A transport hands out receivers and senders for one neighbour and one tag each; they own their buffers, which live
-as long as the run. The wavefront knows only these three classes' faces, so that another fabric (verbs, device
-memory) is another transport and nothing else.
+as long as the run. The wavefront knows only these faces. What all bodies have in common is here: every message is
+checked before anybody sees it, every wait ends (with the message, or with a sentence), and what the hops cost is
+counted. A body adds how bytes move: grid.mpi_transport, grid.device_transport, grid.verbs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
+import platform
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-PAGE = 4096  # bytes
-SPINS_BEFORE_SLEEP = 200
+from rwkvmpi.errors import FabricError
+from rwkvmpi.grid.envelope import ENVELOPE_BYTES, Envelope, fault, is_intact, open_envelope, seal
+from rwkvmpi.grid.pulse import compare_clocks
+
+PAGE, HUGE_PAGE = 4096, 2 << 20  # bytes
+PIECE = 32 << 20  # bytes of addresses asked for at once; memory is taken as it is written to
+_MAP_NORESERVE = 0x4000  # Linux: more may be asked for than will be used
+DEADLINE_S = 300.0
+SPINS_PER_POLL = 64
+POLLS_BEFORE_SLEEP = 8  # about 0.2 ms: what a hop of some MiB takes
+POLLS_PER_LOOK = 16  # looks at the neighbour's signs of life
 SLEEP_S = 20e-6  # long enough to hand the core to another rank where there are more ranks than cores
+SLACK_NS = 1000  # by how much a sleep may be late; Linux allows itself 50,000
+_PR_SET_TIMERSLACK = 29
 
 
-class Receiver(Protocol):
+class Room(NamedTuple):
+    """The size of a channel's messages: `head` bytes (a multiple of 64) sent whole every time, and up to `body` bytes,
+    which may lie in the memory of the device that computes if `on_device`."""
+
+    head: int
+    body: int
+    on_device: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of a full message with its envelope."""
+        return ENVELOPE_BYTES + self.head + self.body
+
+
+class Parcel(NamedTuple):
+    """A message's content: head, uint8 [room.head] of the host; body, uint8 [n], an array or a tensor of the device."""
+
+    head: np.ndarray
+    body: Any
+
+
+@dataclass
+class Hops:
+    """What the messages of some channels cost their receiver.
+
+    A hop takes from `send` to the moment when the receiver has it. It is `seen` whole where the receiver was waiting
+    before it began; else only the part after the receiver began to wait is known, which is 0 if it did not wait.
+    """
+
+    messages: int = 0
+    nbytes: int = 0
+    seen: int = 0
+    seen_s: float = 0.0
+    exposed_s: float = 0.0
+
+    def add(self, other: Hops) -> None:
+        """Count the other's messages too."""
+        self.messages += other.messages
+        self.nbytes += other.nbytes
+        self.seen += other.seen
+        self.seen_s += other.seen_s
+        self.exposed_s += other.exposed_s
+
+    @property
+    def total_s(self) -> float | None:
+        """Seconds of all hops: of those seen on average, times their number. None if none was seen."""
+        return max(self.exposed_s, self.seen_s / self.seen * self.messages) if self.seen else None
+
+
+@dataclass
+class Terms:
+    """What all channels of one rank agree on.
+
+    job: a number that all ranks of this start share and others do not. idle: called while a rank waits, so that
+    control messages are answered meanwhile. pin: told of every buffer that a GPU may copy from or to. deadline_s: the
+    longest silence of a neighbour that is waited for. summed: messages carry checksums.
+    """
+
+    job: int = 0
+    idle: Callable[[], None] = lambda: None
+    pin: Callable[[np.ndarray], None] = lambda memory: None
+    deadline_s: float = DEADLINE_S
+    summed: bool = False
+    clocks: dict[int, int] = field(default_factory=dict)  # neighbour -> its monotonic clock minus ours, ns
+
+
+class Transport(ABC):
+    """Receivers and senders between this rank and its neighbours.
+
+    All channels are made first, then `connect` is called by all ranks of the communicator together, and at the end
+    `close`. name: what the log calls it.
+    """
+
+    name = ""
+
+    def __init__(self, rank: int, terms: Terms) -> None:
+        self.rank = rank
+        self.terms = terms
+        _sleep_sharply()
+
+    @abstractmethod
+    def receiver(self, source: int, tag: int, room: Room, depth: int, label: str) -> Receiver:
+        """Messages from `source` that its sender with this tag sends; `depth` buffers; label: what they are."""
+
+    @abstractmethod
+    def sender(self, dest: int, tag: int, room: Room, depth: int, label: str) -> Sender:
+        """Messages to `dest`, whose receiver has this tag, room and depth."""
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Make the channels usable. UserError where the fabric cannot be used, on all ranks."""
+
+    @property
+    def way(self) -> str:
+        """After `connect`: the port in use and what else is worth a word in the log."""
+        return ""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """To be called whenever the rank polls: gives and takes signs of life."""
+
+    @abstractmethod
+    def silence_s(self, peer: int) -> float:
+        """Seconds since this neighbour's last sign of life."""
+
+    @abstractmethod
+    def where(self, peer: int) -> str:
+        """A neighbour, its host and the way there, for a sentence."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Part from the neighbours in good order, when nothing more will be sent; returns when they are there too."""
+
+    def compare_clocks(self, comm: Any, peers: Iterable[int]) -> None:
+        """Find out how the neighbours' clocks differ from this rank's: hops are timed by both. Collective."""
+        try:
+            self.terms.clocks |= compare_clocks(comm, sorted(peers), self.terms.deadline_s)
+        except TimeoutError as error:
+            raise self.error(
+                error.args[0],
+                f"did not answer within {self.terms.deadline_s:.0f} s at the start",
+                "look whether its node and the link are up (`rwkvmpi doctor --fabric`)",
+            ) from None
+
+    def wait(self, ready: Callable[[], bool], peer: int, what: str) -> float:
+        """Serve others until `ready()`; returns the seconds that took. FabricError when the neighbour falls silent."""
+        start = time.perf_counter()
+        polls = 0
+        while True:
+            for _ in range(SPINS_PER_POLL):
+                if ready():
+                    return time.perf_counter() - start
+                if polls >= POLLS_BEFORE_SLEEP:
+                    time.sleep(SLEEP_S)
+            polls += 1
+            self.terms.idle()
+            if polls % POLLS_PER_LOOK == 0 and self.silence_s(peer) > self.terms.deadline_s:
+                raise self.error(
+                    peer,
+                    f"gave no sign of life for {self.silence_s(peer):.0f} s while {what} was due",
+                    "look whether its node and the link are up (`rwkvmpi doctor --fabric`); --deadline allows a longer "
+                    "silence",
+                )
+
+    def error(self, peer: int, what: str, remedy: str) -> FabricError:
+        """The error that names both ends, what happened and the way out."""
+        return FabricError(
+            f"rank {self.rank} on {platform.node()}: its neighbour {self.where(peer)} {what}; {remedy}. Nothing that "
+            "was committed is lost: the same command goes on from the last commit"
+        )
+
+
+class Receiver(ABC):
     """Messages from one neighbour in the order they were sent."""
 
-    waited_s: float
+    def __init__(self, transport: Transport, peer: int, tag: int, room: Room, label: str) -> None:
+        self._transport, self._peer, self._tag, self._room, self._label = transport, peer, tag, room, label
+        self._what = f"a message ({label})"
+        self._due = 0
+        self.waited_s = 0.0
+        self.hops = Hops()
 
-    def wait(self) -> np.ndarray:
-        """Block until the next message is here; its buffer (uint8), valid until `release`."""
+    def wait(self, position: int) -> Parcel:
+        """The next message, which must be the one for chunk `position`; its memory is valid until `release`.
 
+        Blocks until it is here. FabricError where another one came, or the neighbour is gone.
+        """
+        begun = 0
+        if not self._here():
+            begun = time.monotonic_ns()
+            self.waited_s += self._transport.wait(self._here, self._peer, self._what)
+        envelope, head, body = self._parcel()
+        words = open_envelope(envelope)
+        self._check(envelope, words, position)
+        self._due += 1
+        self._count(words, begun)
+        return Parcel(head, body if words.body_bytes == self._room.body else body[: words.body_bytes])
+
+    @abstractmethod
+    def _here(self) -> bool:
+        """Whether the message of this turn has come."""
+
+    @abstractmethod
+    def _parcel(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """(envelope uint8 [64], head, body with all its room) of this turn."""
+
+    @abstractmethod
+    def _whole(self, body_bytes: int) -> np.ndarray | None:
+        """Head and body of this turn in one piece, for the checksum; None where they are not in the host's memory."""
+
+    @abstractmethod
     def release(self) -> None:
-        """Give the buffer of the last `wait` back, to receive into it again."""
+        """Give the memory of the last `wait` back, to receive into it again."""
 
-    def cancel(self) -> None:
+    @abstractmethod
+    def close(self) -> None:
         """No more messages will come; stop receiving."""
 
+    def _check(self, envelope: np.ndarray, words: Envelope, position: int) -> None:
+        terms = self._transport.terms
+        wrong = fault(words, terms.job, self._tag, self._due, position, self._room.body, terms.summed)
+        if wrong is None and terms.summed:
+            whole = self._whole(words.body_bytes)
+            if whole is not None and not is_intact(envelope, words, whole):
+                wrong = "was damaged on its way: its checksum does not fit"
+        if wrong is not None:
+            raise self._transport.error(
+                self._peer,
+                f"sent a message ({self._label}) that {wrong}",
+                "look at the links' counters (`rwkvmpi doctor --fabric`)",
+            )
 
-class Sender(Protocol):
-    """Messages to one neighbour."""
+    def _count(self, words: Envelope, waited_from: int) -> None:
+        hops = self.hops
+        hops.messages += 1
+        hops.nbytes += ENVELOPE_BYTES + self._room.head + words.body_bytes
+        if waited_from:
+            now = time.monotonic_ns()
+            sent = words.sent_ns - self._transport.terms.clocks.get(self._peer, 0)
+            if sent >= waited_from:
+                took = max(now - sent, 0) / 1e9  # clocks of two machines never agree to the last
+                hops.seen += 1
+                hops.seen_s += took
+            else:
+                took = (now - waited_from) / 1e9
+            hops.exposed_s += took
 
-    waited_s: float
 
-    def buffer(self) -> np.ndarray:
-        """A free buffer (uint8) to fill; blocks while all are still on their way."""
+class Sender(ABC):
+    """Messages to one neighbour: buffers used in turn."""
 
-    def send(self, nbytes: int) -> None:
-        """Send the first `nbytes` of the buffer handed out last; returns at once."""
+    def __init__(self, transport: Transport, peer: int, tag: int, room: Room, label: str) -> None:
+        self._transport, self._peer, self._tag, self._room, self._label = transport, peer, tag, room, label
+        self._number = 0
+        self.waited_s = 0.0
 
+    def buffer(self) -> Parcel:
+        """Free memory to fill, the same until `send`; blocks while all buffers are still on their way."""
+        if not self._free():
+            self.waited_s += self._transport.wait(self._free, self._peer, f"room for a message ({self._label})")
+        _, head, body = self._parcel()
+        return Parcel(head, body)
+
+    def send(self, position: int, body_bytes: int) -> None:
+        """Send the head and the first `body_bytes` of the body, for chunk `position`; returns at once."""
+        terms = self._transport.terms
+        words = 0, terms.job, self._tag, self._number, position, body_bytes, time.monotonic_ns(), 0
+        seal(self._parcel()[0], words, self._whole(body_bytes) if terms.summed else None)
+        self._number += 1
+        self._start(body_bytes)
+
+    @abstractmethod
+    def _free(self) -> bool:
+        """Whether the buffer of this turn may be filled."""
+
+    @abstractmethod
+    def _parcel(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """(envelope uint8 [64], head, body with all its room) of this turn."""
+
+    @abstractmethod
+    def _whole(self, body_bytes: int) -> np.ndarray | None:
+        """Head and body of this turn in one piece, for the checksum; None where they are not in the host's memory."""
+
+    @abstractmethod
+    def _start(self, body_bytes: int) -> None:
+        """Begin to send the buffer of this turn; the next one is that of the next turn."""
+
+    @abstractmethod
     def flush(self) -> None:
         """Block until everything sent has left."""
 
-
-class Transport(Protocol):
-    """Receivers and senders between this rank and its neighbours."""
-
-    def receiver(self, source: int, tag: int, nbytes: int, depth: int) -> Receiver: ...
-
-    def sender(self, dest: int, tag: int, nbytes: int, depth: int) -> Sender: ...
+    @abstractmethod
+    def close(self) -> None:
+        """No more will be sent; everything was flushed."""
 
 
-class MpiTransport:
-    """Host memory through MPI: persistent receives, non-blocking sends.
+class _Pages:
+    """Hands out memory from large pieces of fresh zeroed memory, which go when the last that was cut from them goes."""
 
-    `idle` is called while a rank waits, so that control messages are answered during long waits too. `pin` is told of
-    every buffer that a GPU may copy from or to.
+    def __init__(self) -> None:
+        self._left = np.empty(0, dtype=np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], a multiple of PAGE, zeroed, beginning with a page."""
+        if nbytes > len(self._left):
+            size = max(PIECE, -(-nbytes // HUGE_PAGE) * HUGE_PAGE)
+            mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+            with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            memory = np.frombuffer(mapped, dtype=np.uint8)
+            self._left = memory[-memory.ctypes.data % HUGE_PAGE :][:size]
+        taken, self._left = self._left[:nbytes], self._left[nbytes:]
+        return taken
+
+
+_supply = _Pages()
+
+
+class HostBuffer:
+    """Memory of the host for one message: [envelope | head | body], on pages of its own.
+
+    Whole pages, so that no two buffers lie on one: pages are locked, and only once. Many of them make up a huge page,
+    where the system has those: MPI then lets the receiver copy from its neighbour's memory four times as fast.
     """
 
-    def __init__(
-        self, comm: Any, idle: Callable[[], None], pin: Callable[[np.ndarray], None] = lambda buffer: None
-    ) -> None:
-        self._comm = comm
-        self._idle = idle
-        self._pin = pin
+    def __init__(self, room: Room, pin: Callable[[np.ndarray], None] = lambda memory: None) -> None:
+        pages = _supply.take(-(-room.nbytes // PAGE) * PAGE)
+        pin(pages)
+        self.memory = pages[: room.nbytes]
+        rest = self.memory[ENVELOPE_BYTES:]
+        self.parcel = self.memory[:ENVELOPE_BYTES], rest[: room.head], rest[room.head :]
+        self._head = ENVELOPE_BYTES + room.head
 
-    def receiver(self, source: int, tag: int, nbytes: int, depth: int) -> MpiReceiver:
-        return MpiReceiver(self._comm, source, tag, self._buffers(nbytes, depth), self._idle)
+    def whole(self, body_bytes: int) -> np.ndarray:
+        """Head and the first bytes of the body."""
+        return self.memory[ENVELOPE_BYTES : self._head + body_bytes]
 
-    def sender(self, dest: int, tag: int, nbytes: int, depth: int) -> MpiSender:
-        return MpiSender(self._comm, dest, tag, self._buffers(nbytes, depth), self._idle)
-
-    def _buffers(self, nbytes: int, depth: int) -> list[np.ndarray]:
-        # Whole pages, so that no two buffers lie on one: pages are locked, and only once.
-        pages = [aligned_bytes(-(-nbytes // PAGE) * PAGE, PAGE) for _ in range(depth)]
-        for page in pages:
-            self._pin(page)
-        return [page[:nbytes] for page in pages]
+    def message(self, body_bytes: int) -> np.ndarray:
+        """What is sent: envelope, head and the first bytes of the body."""
+        return self.memory[: self._head + body_bytes]
 
 
-class MpiReceiver:
-    """A persistent receive for each buffer, all posted from the start; messages come in the order of the buffers."""
-
-    def __init__(self, comm: Any, source: int, tag: int, buffers: list[np.ndarray], idle: Callable[[], None]) -> None:
-        self._buffers = buffers
-        self._requests = [comm.Recv_init(buffer, source=source, tag=tag) for buffer in self._buffers]
-        self._idle = idle
-        self._turn = 0
-        self.waited_s = 0.0
-        for request in self._requests:
-            request.Start()
-
-    def wait(self) -> np.ndarray:
-        self.waited_s += wait_for(self._requests[self._turn], self._idle)
-        return self._buffers[self._turn]
-
-    def release(self) -> None:
-        self._requests[self._turn].Start()
-        self._turn = (self._turn + 1) % len(self._buffers)
-
-    def cancel(self) -> None:
-        for request in self._requests:
-            request.Cancel()
-            request.Wait()
-            request.Free()
-        self._requests = []
-
-
-class MpiSender:
-    """Buffers used in turn; one is free again when its send has completed."""
-
-    def __init__(self, comm: Any, dest: int, tag: int, buffers: list[np.ndarray], idle: Callable[[], None]) -> None:
-        self._comm, self._dest, self._tag, self._idle = comm, dest, tag, idle
-        self._buffers = buffers
-        self._requests: list[Any] = [None] * len(buffers)
-        self._turn = 0
-        self.waited_s = 0.0
-
-    def buffer(self) -> np.ndarray:
-        self._complete(self._turn)
-        return self._buffers[self._turn]
-
-    def send(self, nbytes: int) -> None:
-        turn = self._turn
-        self._requests[turn] = self._comm.Isend(self._buffers[turn][:nbytes], dest=self._dest, tag=self._tag)
-        self._turn = (turn + 1) % len(self._buffers)
-
-    def flush(self) -> None:
-        for turn in range(len(self._requests)):
-            self._complete(turn)
-
-    def _complete(self, turn: int) -> None:
-        if self._requests[turn] is not None:
-            self.waited_s += wait_for(self._requests[turn], self._idle)
-            self._requests[turn] = None
-
-
-def wait_for(request: Any, idle: Callable[[], None]) -> float:
-    """Wait for one MPI request while serving `idle`; returns the seconds waited."""
-    if request.Test():
-        return 0.0
-    start = time.perf_counter()
-    spins = 0
-    while not request.Test():
-        spins += 1
-        if spins % 64 == 0:
-            idle()
-        if spins > SPINS_BEFORE_SLEEP:
-            time.sleep(SLEEP_S)
-    return time.perf_counter() - start
+def _sleep_sharply() -> None:
+    """From now on this thread's sleeps end when they should, as far as the system can do that."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS, 0, 0, 0)
 
 
 def aligned_bytes(nbytes: int, alignment: int = 64) -> np.ndarray:

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from rwkvmpi.corpus.stream import CONTINUES, COUNT, DOC, ENDS, FLAGS, POSITION, RESUMES
+from rwkvmpi.corpus.stream import CONTINUES, COUNT, DOC, ENDS, FLAGS, HANDED_ON, POSITION, RESUMES
 from rwkvmpi.errors import NumericalError
 from rwkvmpi.grid.frame import Frame
 from rwkvmpi.grid.pending import Pending
 from rwkvmpi.grid.relay import Relay
-from rwkvmpi.grid.transport import Sender
+from rwkvmpi.grid.transport import Hops, Sender
 from rwkvmpi.models.chunk_reader import make_reader
 from rwkvmpi.models.device import OVER, Ticket
 from rwkvmpi.models.model import Stage
@@ -30,6 +30,7 @@ class Supply(Protocol):
     """Where a rank's frames come from: the stage above, the replica's source, or itself."""
 
     waited_s: float
+    hops: Hops
 
     def next(self, index: int) -> Frame:
         """The frame of chunk `index`, or the one that ends the stream there; valid until `release`."""
@@ -66,6 +67,14 @@ class Saved(Protocol):
     def load_carry(self, doc: int) -> np.ndarray: ...
 
 
+class Handed(Protocol):
+    """States of an earlier run's documents, and the outputs after their last tokens, for documents handed on."""
+
+    def load_state(self, doc: int, layer: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def load_last(self, doc: int) -> np.ndarray: ...
+
+
 @dataclass
 class Counters:
     """What a rank did; `busy_s` is time spent in layers, head and task."""
@@ -91,6 +100,7 @@ class Wavefront:
         below: Sender | None,
         ledger: Ledger,
         saved: Saved | None,
+        handed: Handed | None,
         *,
         slot: int,
         ring: int,
@@ -99,13 +109,12 @@ class Wavefront:
         name_of: Callable[[int], str],
     ) -> None:
         self._stage, self._task, self._supply, self._relay = stage, task, supply, relay
-        self._below, self._ledger, self._saved = below, ledger, saved
+        self._below, self._ledger, self._saved, self._handed = below, ledger, saved, handed
         self._slot, self._ring, self._chunk_size = slot, ring, chunk_size
         self._poll, self._name_of = poll, name_of
         self._reader = make_reader(stage, chunk_size)
         self._pending = Pending()
         self._commit = 0
-        self._frames_below: dict[int, Frame] = {}
         self.counters = Counters()
 
     def serve(self) -> None:
@@ -147,17 +156,21 @@ class Wavefront:
         stage, reader, pending = self._stage, self._reader, self._pending
         segments = frame.segments.copy()  # the frame goes back before a GPU has done everything
         rows = np.ascontiguousarray(segments[:, :2], dtype=np.int32)
+        still = rows[:, 1] == 0  # documents handed on to which nothing was added: their states stay what they were
+        rows[still, 1] = 1  # operators want a row of every segment, and theirs is padding
         index, targets = frame.index, frame.targets.copy()
         if stage.first:
             lent = reader.begin_tokens(frame.tokens, rows)
         else:
-            lent = reader.begin_activations(frame.x, frame.v_first, rows)
+            lent = reader.begin_activations(frame.body, rows)
         for item in range(len(stage.layers)):
             state = reader.state(item, len(segments))
             self._enter(index, segments, item, state)
             if cut is not None:
                 self._ledger.keep_state(*cut, stage.lo + item, state)
             reader.read(item, state)
+            for segment in np.flatnonzero(still).tolist():
+                self._load(segments, segment, item, state)
             self._check(reader.look(item, state), index, segments, stage.lo + item)
             self._leave(index, segments, item, state)
             self._task.layer_done(stage.lo + item, segments, state, self._ledger.recorder)
@@ -191,39 +204,48 @@ class Wavefront:
                     raise RuntimeError(f"chunk {index} goes on with a document, but no state of it arrived")
                 taken = self._reader.enter(state, 0, arrived)
             self._pending.add(taken, lambda: self._relay.taken(item))
-        for segment_index, segment in enumerate(segments):
-            if segment[FLAGS] & RESUMES:
-                if self._saved is None:
-                    raise RuntimeError(f"document {segment[DOC]} goes on, but this run has no saved states")
-                wkv, shift = self._saved.load_state(int(segment[DOC]), self._stage.lo + item)
-                state.wkv[segment_index] = torch.from_numpy(wkv)
-                state.shift[segment_index] = torch.from_numpy(shift)
+        for segment in np.flatnonzero(segments[:, FLAGS] & (RESUMES | HANDED_ON)).tolist():
+            self._load(segments, segment, item, state)
+
+    def _load(self, segments: np.ndarray, segment: int, item: int, state: Any) -> None:
+        """Put the state that an earlier start of this run, or an earlier run, has saved into one segment's."""
+        doc = int(segments[segment][DOC])
+        saved = self._handed if segments[segment][FLAGS] & HANDED_ON else self._saved
+        if saved is None:
+            raise RuntimeError(f"document {doc} goes on, but this run has no saved states")
+        wkv, shift = saved.load_state(doc, self._stage.lo + item)
+        state.wkv[segment] = torch.from_numpy(wkv)
+        state.shift[segment] = torch.from_numpy(shift)
 
     def _leave(self, index: int, segments: np.ndarray, item: int, state: Any) -> None:
         """Hand the last segment's state to the next chunk, if its document goes on there."""
         last = len(segments) - 1
         nbytes = 0 if segments[last][FLAGS] & ENDS else state.nbytes_per_segment
         gone = self._reader.leave(state, last, self._relay.outbox(item, nbytes)) if nbytes else OVER
+        if not self._relay.on_ring:
+            gone = OVER  # whoever reads it next reads it on the same device, in the order of the calls
         self._pending.add(gone, lambda: self._relay.leave(index, item, nbytes), item)
 
     def _consume(self, index: int, segments: np.ndarray, targets: np.ndarray, cut: tuple[int, int] | None) -> None:
         """The last stage: the task uses the hidden vectors; its carry is relayed like a layer's state."""
         item, task, stage = len(self._stage.layers), self._task, self._stage
         self._pending.settle_until(item)
-        carry = task.first_carry()
+        carries = [task.first_carry() for _ in segments]
         if index > 0:
             arrived = self._relay.arrive(index, item)
             if segments[0][FLAGS] & CONTINUES and arrived is not None:
-                carry = arrived.copy()
+                carries[0] = arrived.copy()
             self._relay.taken(item)
-        if segments[0][FLAGS] & RESUMES and task.carry_bytes and self._saved is not None:
-            carry = self._saved.load_carry(int(segments[0][DOC]))
+        if task.carry_bytes and self._saved is not None:
+            for segment in np.flatnonzero(segments[:, FLAGS] & RESUMES).tolist():
+                carries[segment] = self._saved.load_carry(int(segments[segment][DOC]))
         if cut is not None and task.carry_bytes:
-            self._ledger.keep_carry(*cut, carry)
-        values, arrived_here = stage.device.bring(task.evaluate(stage, self._reader.x, targets))
+            self._ledger.keep_carry(*cut, carries[0])
+        lasts = self._lasts(segments)
+        values, arrived_here = stage.device.bring(task.evaluate(stage, self._reader.x, segments, targets, lasts))
 
         def conclude() -> None:
-            after = task.consume(segments, targets, values, carry, self._ledger.recorder)
+            after = task.consume(segments, targets, lasts, values, carries, self._ledger.recorder)
             nbytes = 0 if segments[-1][FLAGS] & ENDS else task.carry_bytes
             if nbytes:
                 self._relay.outbox(item, nbytes)[:] = after
@@ -233,24 +255,21 @@ class Wavefront:
 
         self._pending.add(arrived_here, conclude, item)
 
+    def _lasts(self, segments: np.ndarray) -> np.ndarray:
+        """float32 [J, C]: of the documents that are handed on here, the output after what the earlier run read."""
+        docs = segments[(segments[:, FLAGS] & HANDED_ON) != 0, DOC].tolist()
+        found = [self._handed.load_last(doc) for doc in docs] if self._handed is not None else []
+        return np.stack(found) if found else np.zeros((0, self._stage.shape.n_embd), np.float32)
+
     def _send_below(self, frame: Frame) -> None:
         below, item = self._below, len(self._stage.layers)
         assert below is not None
         self._pending.settle_until(item)  # buffers are sent in turn
-        out = self._frame_below()
+        out = Frame(self._chunk_size, below.buffer())
         out.copy_head(frame)
-        gone = self._reader.send(out.x, out.v_first)
-        self._pending.add(gone, lambda: below.send(out.buffer.nbytes), item)
-
-    def _frame_below(self) -> Frame:
-        """The frame over the next free send buffer (each buffer keeps its frame)."""
-        assert self._below is not None
-        buffer = self._below.buffer()
-        frame = self._frames_below.get(buffer.ctypes.data)
-        if frame is None:
-            frame = Frame(self._chunk_size, self._stage.shape.n_embd, self._stage.passes_v_first, buffer)
-            self._frames_below[buffer.ctypes.data] = frame
-        return frame
+        gone = self._reader.send(out.body)
+        index, nbytes = frame.index, len(out.body)
+        self._pending.add(gone, lambda: below.send(index, nbytes), item)
 
     def _end(self, frame: Frame, cut: tuple[int, int] | None) -> None:
         """The stream ends before chunk `frame.index`: keep what the commit needs, tell the stage below, close."""
@@ -263,9 +282,9 @@ class Wavefront:
         if cut is not None:
             self._ledger.close_states(self._commit)
         if self._below is not None:
-            out = self._frame_below()
+            out = Frame(self._chunk_size, self._below.buffer())
             out.copy_head(frame)
-            self._below.send(out.head_bytes)
+            self._below.send(frame.index, 0)
             self._below.flush()
         self._supply.release()
         self._supply.close()
@@ -305,3 +324,11 @@ class Wavefront:
             "states": self._relay.waited_s,
             "sends below": self._below.waited_s if self._below is not None else 0.0,
         }
+
+    @property
+    def hops(self) -> Hops:
+        """What the messages to this rank cost."""
+        total = Hops()
+        total.add(self._supply.hops)
+        total.add(self._relay.hops)
+        return total

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rwkvmpi.models.device import OVER, Ticket
+from rwkvmpi.models.device import OVER, Ticket, as_tensor
 from rwkvmpi.models.state import LayerState
 from rwkvmpi.ops.cuda.finite import mark_not_finite
 
@@ -41,12 +41,16 @@ class ChunkReader:
         self.x, self.v_first = self._stage.embed(torch.from_numpy(tokens)), None
         return OVER
 
-    def begin_activations(self, x: np.ndarray, v_first: np.ndarray | None, rows: np.ndarray) -> Ticket:
-        """Other stages: the chunk's residual stream float32 [G, C], which may be changed, and RWKV-7's v_first."""
+    def begin_activations(self, body: np.ndarray | torch.Tensor, rows: np.ndarray) -> Ticket:
+        """Other stages: the chunk's activations as the stage above wrote them with `send`; `body` may be changed."""
         self._rows = torch.from_numpy(rows)
-        self.x = torch.from_numpy(x)
-        self.v_first = None if v_first is None else torch.from_numpy(v_first)
+        self.x, self.v_first = self._activations(body)
         return OVER
+
+    def _activations(self, body: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x and v_first in the body of a message between stages."""
+        parts = as_tensor(body).view(torch.float32).view(-1, self.chunk_size, self._stage.shape.n_embd)
+        return parts[0], parts[1] if self._stage.passes_v_first else None
 
     def state(self, item: int, segments: int) -> LayerState:
         """The state for the stage's layer number `item`, at the beginning of `segments` documents."""
@@ -62,16 +66,24 @@ class ChunkReader:
         return OVER
 
     def leave(self, state: LayerState, segment: int, packed: np.ndarray | torch.Tensor) -> Ticket:
-        """Begins to write one segment's state into `packed`."""
+        """Begins to write one segment's state into `packed`, on the host or on the stage's device."""
         state.pack_into(packed, segment)
         return OVER
 
-    def send(self, x: np.ndarray, v_first: np.ndarray | None) -> Ticket:
-        """Begins to write the chunk's x and v_first, float32 [G, C], for the stage below."""
-        torch.from_numpy(x).copy_(self.x)
-        if v_first is not None and self.v_first is not None:
-            torch.from_numpy(v_first).copy_(self.v_first)
+    def send(self, body: np.ndarray | torch.Tensor) -> Ticket:
+        """Begins to write the chunk's activations for the stage below into `body`, uint8: x, then v_first, each float32
+        [G, C]. It lies on the host or on the stage's device; whoever reads it waits for the ticket."""
+        for source, target in self._sent(body):
+            target.copy_(source)
         return OVER
+
+    def _sent(self, body: np.ndarray | torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(source, target) of what goes to the stage below."""
+        x, v_first = self._activations(body)
+        pairs = [(self.x, x)]
+        if v_first is not None and self.v_first is not None:
+            pairs.append((self.v_first, v_first))
+        return pairs
 
     def look(self, item: int, state: LayerState) -> list[int] | None:
         """The segments with NaN or Inf in the state that layer `item` left; None: `verdict` will say."""
@@ -125,9 +137,10 @@ class ReplayingReader(ChunkReader):
         self._stage.embed_into(self.x, self._tokens)
         return self._device.ticket()
 
-    def begin_activations(self, x: np.ndarray, v_first: np.ndarray | None, rows: np.ndarray) -> Ticket:
+    def begin_activations(self, body: np.ndarray | torch.Tensor, rows: np.ndarray) -> Ticket:
         self._begin(rows)
-        self.x.copy_(torch.from_numpy(x), non_blocking=True)
+        x, v_first = self._activations(body)
+        self.x.copy_(x, non_blocking=True)
         if v_first is not None and self.v_first is not None:
             self.v_first.copy_(self._device.upload(v_first))
         return self._device.ticket()
@@ -169,23 +182,21 @@ class ReplayingReader(ChunkReader):
         return self._device.ticket()
 
     def leave(self, state: LayerState, segment: int, packed: np.ndarray | torch.Tensor) -> Ticket:
-        if isinstance(packed, torch.Tensor):  # it stays on the device
-            state.pack_into(packed, segment)
-            return OVER
         (to_wkv, wkv), (to_shift, shift) = state.parts(packed, segment)
         turn = 0 if state.wkv.data_ptr() == self._address(0) else 1
-        self._leaving[turn] = self._device.fetch((wkv, to_wkv), (shift, to_shift))
+        self._leaving[turn] = self._way(packed)((wkv, to_wkv), (shift, to_shift))
         return self._leaving[turn]
+
+    def _way(self, target: np.ndarray | torch.Tensor) -> Callable[..., Ticket]:
+        """How bytes get there: in order with the computation on the device, beside it to the host."""
+        return self._device.fetch if isinstance(target, np.ndarray) else self._device.copy
 
     def _address(self, turn: int) -> int:
         memory = self._states[turn]
         return 0 if memory is None else memory.wkv.data_ptr()
 
-    def send(self, x: np.ndarray, v_first: np.ndarray | None) -> Ticket:
-        pairs = [(self.x, x)]
-        if v_first is not None and self.v_first is not None:
-            pairs.append((self.v_first, v_first))
-        self._sending = self._device.fetch(*pairs)
+    def send(self, body: np.ndarray | torch.Tensor) -> Ticket:
+        self._sending = self._way(body)(*self._sent(body))
         return self._sending
 
     def look(self, item: int, state: LayerState) -> list[int] | None:

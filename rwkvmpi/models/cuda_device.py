@@ -1,7 +1,8 @@
 """A GPU as a stage's device: streams, page-locked memory, CUDA graphs.
 
 Computation runs on one stream; copies to the host run on another, so that they overlap with what comes after. Copies
-from the host go the computation's way: they are small, and whatever follows needs them.
+from the host go the computation's way: they are small, and whatever follows needs them. Messages that pass through the
+host have a stream for each direction (`transfer`), which waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from rwkvmpi import ops
 from rwkvmpi.errors import UserError
-from rwkvmpi.models.device import OVER, Device, Ticket
+from rwkvmpi.models.device import OVER, Device, Ticket, as_tensor
 from rwkvmpi.models.weight_store import Fill
 from rwkvmpi.ops.cuda import library
 
@@ -106,21 +107,33 @@ class CudaDevice(_OnDevice):
         torch.cuda.set_device(index)
         self._compute = torch.cuda.Stream(self.target)
         self._out = torch.cuda.Stream(self.target)
+        self._arriving, self._departing = torch.cuda.Stream(self.target), torch.cuda.Stream(self.target)
         self._pool: Any = None
         self.model = torch.cuda.get_device_name(index)
 
     def upload(self, source: torch.Tensor | np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
-        return host.to(self.target, non_blocking=True)
+        return as_tensor(source).to(self.target, non_blocking=True)
 
     def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
         self._out.wait_stream(torch.cuda.current_stream(self.target))
         with torch.cuda.stream(self._out):
             for source, target in pairs:
-                host = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
+                host = as_tensor(target)
                 source.record_stream(self._out)
                 host.copy_(source.to(host.dtype), non_blocking=True)
         return _Event(self._out)
+
+    def copy(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Ticket:
+        for source, target in pairs:
+            target.copy_(source, non_blocking=True)
+        return self.ticket()
+
+    def transfer(self, source: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> Ticket:
+        there = as_tensor(target)
+        stream = self._arriving if there.is_cuda else self._departing
+        with torch.cuda.stream(stream):
+            there.copy_(as_tensor(source), non_blocking=True)
+        return _Event(stream)
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -206,6 +219,9 @@ class EmulatedDevice(_OnDevice):
     name = "cuda:0"
     model = "emulated"
 
+    def __init__(self) -> None:
+        self._messages: set[int] = set()  # where the memory begins that MPI reads: it must wait for the tickets
+
     def upload(self, source: torch.Tensor | np.ndarray) -> torch.Tensor:
         return super().upload(source).clone()
 
@@ -213,9 +229,9 @@ class EmulatedDevice(_OnDevice):
         return OVER
 
     def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
-        hosts = [torch.from_numpy(target) if isinstance(target, np.ndarray) else target for _, target in pairs]
+        hosts = [as_tensor(target) for _, target in pairs]
         for host in hosts:
-            host.view(-1).view(torch.uint8).fill_(0xFF)  # NaN, for whoever reads too early
+            _poison(host)
 
         def copy() -> None:  # what stands there then, for whoever writes too early
             for (source, _), host in zip(pairs, hosts, strict=True):
@@ -223,5 +239,31 @@ class EmulatedDevice(_OnDevice):
 
         return _Late(copy)
 
+    def copy(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Ticket:
+        if pairs[0][1].untyped_storage().data_ptr() not in self._messages:
+            return super().copy(*pairs)
+        values = [source.clone() for source, _ in pairs]  # what comes later on the stream may write the source
+        for _, target in pairs:
+            _poison(target)
+
+        def copy() -> None:
+            for value, (_, target) in zip(values, pairs, strict=True):
+                target.copy_(value)
+
+        return _Late(copy)
+
+    def transfer(self, source: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> Ticket:
+        return self.fetch((as_tensor(source), target))
+
+    def message_memory(self, nbytes: int) -> torch.Tensor:
+        memory = super().message_memory(nbytes)
+        self._messages.add(memory.untyped_storage().data_ptr())
+        return memory
+
     def follow(self, ticket: Ticket) -> None:
         ticket.wait()
+
+
+def _poison(memory: torch.Tensor) -> None:
+    """NaN, for whoever reads too early."""
+    memory.view(-1).view(torch.uint8).fill_(0xFF)

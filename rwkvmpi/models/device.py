@@ -75,13 +75,29 @@ class Device:
 
     def upload(self, source: torch.Tensor | np.ndarray) -> torch.Tensor:
         """The array as a tensor of this device, which may share its memory; see `ticket` for when it may change."""
-        return torch.from_numpy(source) if isinstance(source, np.ndarray) else source
+        return as_tensor(source)
 
     def fetch(self, *pairs: tuple[torch.Tensor, torch.Tensor | np.ndarray]) -> Ticket:
         """Begins to copy tensors of this device to the host's memory: (source, target), converted to target's dtype."""
         for source, target in pairs:
-            (torch.from_numpy(target) if isinstance(target, np.ndarray) else target).copy_(source)
+            as_tensor(target).copy_(source)
         return OVER
+
+    def copy(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Ticket:
+        """Copies between tensors of this device, (source, target), in order with whatever else is asked of it."""
+        for source, target in pairs:
+            target.copy_(source)
+        return OVER
+
+    def transfer(self, source: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> Ticket:
+        """Begins to copy bytes from the host's memory to this device's, or back, at once: whatever was asked of the
+        device before, nobody touches either meanwhile."""
+        as_tensor(target).copy_(as_tensor(source))
+        return OVER
+
+    def message_memory(self, nbytes: int) -> torch.Tensor:
+        """uint8 memory of this device that messages to and from neighbours lie in, uninitialised."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.target)
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the host, uninitialised, for `fetch`."""
@@ -128,6 +144,11 @@ class Device:
 
 
 CPU = Device()
+
+
+def as_tensor(memory: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """An array as the tensor that shares its memory."""
+    return torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory
 
 
 def open_device(name: str = "cpu", local_rank: int = 0) -> Device:

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from rwkvmpi.corpus.stream import Chunk
 from rwkvmpi.grid.control import Control
 from rwkvmpi.grid.coordinator import STOPPED_ON_ERROR, Coordinator
-from rwkvmpi.grid.frame import Frame, Word
+from rwkvmpi.grid.frame import Frame, Word, frame_room
 from rwkvmpi.grid.layout import Grid
 from rwkvmpi.grid.queue import BATCH_DOCUMENTS, DocumentQueue
 from rwkvmpi.grid.relay import Relay
+from rwkvmpi.grid.transport import Parcel, Room
 from rwkvmpi.store.shards import Cut
 
 
@@ -104,22 +105,22 @@ def test_a_wish_to_stop_reaches_every_source_once():
     assert made.stop_reason == STOPPED_ON_ERROR
 
 
-@given(st.integers(1, 8), st.integers(0, 3), st.booleans(), st.randoms(use_true_random=False))
-def test_a_frame_carries_a_chunk_unchanged(blocks, width, with_v_first, source):
+@given(st.integers(1, 8), st.randoms(use_true_random=False))
+def test_a_frame_carries_a_chunk_unchanged(blocks, source):
     size = 32 * blocks
     segments = np.arange(8 * blocks, dtype=np.int64).reshape(blocks, 8)[: source.randint(1, blocks)]
     tokens, targets = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)[::-1].copy()
-    sent = Frame(size, width, with_v_first)
+    sent = Frame(size)
     sent.put_chunk(Chunk(5, tokens, targets, segments, (), None))
-    sent.x[:] = 1.5
-    arrived = Frame(size, width, with_v_first, sent.buffer.copy())
+    room = frame_room(size, 7, with_v_first=True)
+    assert (room.head, room.body) == (len(sent.head), 2 * 7 * 4 * size)
+    arrived = Frame(size, Parcel(sent.head.copy(), np.zeros(room.body, dtype=np.uint8)))
     arrived.check(5)
     np.testing.assert_array_equal(arrived.tokens, tokens)
     np.testing.assert_array_equal(arrived.targets, targets)
     np.testing.assert_array_equal(arrived.segments, segments)
-    np.testing.assert_array_equal(arrived.x, sent.x)
     assert arrived.cut is None
-    below = Frame(size, 7, with_v_first)
+    below = Frame(size)
     below.copy_head(arrived)
     np.testing.assert_array_equal(below.segments, segments)
     arrived.header[Word.CUT_INDEX : Word.CUT_POSITION + 1] = (5, 3, 64)
@@ -129,7 +130,7 @@ def test_a_frame_carries_a_chunk_unchanged(blocks, width, with_v_first, source):
 
 
 def test_a_state_stays_where_it_is_on_a_ring_of_one():
-    relay = Relay([16, 0])
+    relay = Relay([Room(0, 16), Room(0, 0)], ["the state of layer 0", "what the task carries"])
     relay.outbox(0, 16)[:] = 9
     relay.leave(0, 0, 16)
     kept = relay.arrive(1, 0)

@@ -69,11 +69,34 @@ def test_a_run_too_short_says_nothing(cache):
 
 
 def test_measured_hops_replace_the_assumed_ones():
-    figures.update(lambda known: figures.set_hop(known, 3e-6, 2e10))
+    figures.update(lambda known: figures.set_hop(known, "mpi", 3e-6, 2e10))
     machine = figures.load_machine("cpu", "float32", 1)
     assert (machine.hop_latency_s, machine.hop_bytes_per_second) == (3e-6, 2e10)
-    assert machine.hop_from
+    assert machine.hop_from.endswith(", over mpi")
     assert machine.speed_from == ""
+
+
+def latency_us(device="cpu", transport="auto"):
+    return round(figures.load_machine(device, "bfloat16", 1, transport).hop_latency_s * 1e6)
+
+
+def test_hops_are_those_of_the_transport_that_a_run_would_use(monkeypatch):
+    for number, name in enumerate(("mpi", "mpi-device", "verbs"), 1):
+        figures.update(lambda known, name=name, number=number: figures.set_hop(known, name, number * 1e-6, 1e9))
+    assert [latency_us(), latency_us(transport="mpi"), latency_us(transport="verbs")] == [1, 1, 3]
+    assert [latency_us("cuda"), latency_us("cuda", "mpi")] == [2, 2]
+    monkeypatch.setenv("RWKVMPI_DEVICE_MPI", "0")
+    assert latency_us("cuda") == 1
+    figures.update(lambda known: figures.set_hop(known, "verbs", 3e-6, 1e9, between_nodes=True))
+    assert [latency_us(), latency_us(transport="mpi")] == [3, 1]
+    monkeypatch.setenv("OMPI_MCA_pml", "ucx")
+    assert [latency_us(), latency_us(transport="verbs")] == [1, 3]
+
+
+def test_verbs_never_go_by_the_figures_of_mpi():
+    figures.update(lambda known: figures.set_hop(known, "mpi", 3e-6, 1e9))
+    machine = figures.load_machine("cpu", "float32", 1, "verbs")
+    assert (machine.hop_latency_s, machine.hop_from) == (Machine().hop_latency_s, "")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +129,7 @@ BROKEN = {
     "a rate below zero": b'{"memory": {"1": {"source": "bench", "host": "h", "when": 1, "bytes_per_second": -1}}}',
     "a rate without end": b'{"memory": {"1": {"source": "bench", "host": "h", "when": 1, "bytes_per_second": 1e999}}}',
     "not a number": b'{"memory": {"1": {"source": "bench", "host": "h", "when": 1, "bytes_per_second": NaN}}}',
-    "half an entry": b'{"hop": {"latency_s": 1e-6}}',
+    "half an entry": b'{"hops": {"mpi": {"latency_s": 1e-6}}}',
     "an impossible chunk": b'{"chunks": {"k": {"source": "bench", "host": "h", "when": 1, "version": "7", "width": 64, '
     b'"tokens_per_second": {"100": 5.0}}}}',
     "too large": b" " * (figures.MOST_BYTES + 1),
@@ -166,7 +189,7 @@ def test_a_plan_says_what_it_rests_on():
     assert "assumed; mpirun -n 2 rwkvmpi bench measures them" in describe(plan)
     assert "speed   " not in describe(plan)
     figures.update(lambda known: figures.set_speed(known, "bench", "cpu", "int8", 1, 5e11))
-    figures.update(lambda known: figures.set_hop(known, 3e-6, 2e10))
+    figures.update(lambda known: figures.set_hop(known, "mpi", 3e-6, 2e10))
     plan = make_plan("bundled", [], ranks=2, task="score", threads=1, options=options)
     assert "speed       500 GFLOP/s of one rank: rwkvmpi bench on " in describe(plan)
     assert "hops        3 us + 20.0 GB/s: rwkvmpi bench on " in describe(plan)

@@ -16,8 +16,8 @@ LENGTHS = [1, 31, 32, 33, 1023, 1024, 1025, 0, 9000, 255, 256, 257, 5, 2000]
 LONG = 100_000
 # (stages, ring, replicas): 1 to 8 ranks, each of the three up to 4
 GRIDS = [
-    (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 3, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2),
-    (3, 2, 1),
+    (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 3, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1),
+    (2, 2, 2), (3, 2, 1),
 ]  # fmt: skip
 LONG_GRIDS = [(1, 1, 1), (2, 2, 1)]
 # Neither the chunk nor the threads change a bit of an operator's result, so none of a run's.
@@ -35,7 +35,7 @@ def test_score_is_the_same_on_every_grid(grids, lengths, rwkvmpi, small_model, w
     for i, grid in enumerate(grids):
         run = tmp_path / "-".join(map(str, grid))
         ranks = grid[0] * grid[1] * grid[2]
-        others = ["--chunk", CHUNKS[i % len(CHUNKS)], "--threads", 1 + i % 2]
+        others = ["--chunk", CHUNKS[i % len(CHUNKS)], "--threads", 2 if ranks == 2 else 1]
         rwkvmpi("score", model, documents, "-o", run, *others, *grid_options(*grid), ranks=ranks)
         digests[grid] = content_digest(run / "results.h5")
     assert len(set(digests.values())) == 1, digests
