@@ -22,7 +22,7 @@ class ProgressReport:
         self._coordinator = coordinator
         self._path = preparation.run.progress
         self._total = len(preparation.index)
-        nbytes = preparation.index.nbytes
+        nbytes = preparation.nbytes
         progress = preparation.progress
         self._documents_before = progress.documents_done if progress is not None else 0
         self._tokens_before = progress.tokens_done if progress is not None else 0

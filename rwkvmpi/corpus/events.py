@@ -11,7 +11,8 @@ import numpy as np
 class TokenCursor(NamedTuple):
     """A block boundary of a document, from which tokenising can go on.
 
-    byte_start: bytes of the document before the boundary; tokens_before: tokens before it.
+    byte_start: bytes of the document before the boundary; tokens_before: tokens before it. In a document that was
+    handed on (see Begin) both count from where the earlier run ended.
     """
 
     byte_start: int
@@ -21,8 +22,9 @@ class TokenCursor(NamedTuple):
 class InFlight(NamedTuple):
     """Where a document stands that goes on in the next chunk.
 
-    doc: its number in the index; position: its first position that no chunk holds yet (a multiple of 32, at least 32);
-    cursor: the boundary of the block that holds the input of that position, token `position - 1`.
+    doc: its number in the index; position: its first position that no chunk holds yet (a multiple of 32, at least 32;
+    one more if it was handed on); cursor: the boundary of the block that holds the input of that position, token
+    `position - 1`.
     """
 
     doc: int
@@ -32,10 +34,16 @@ class InFlight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A document was opened. position: 0, or the position (multiple of 32) at which an interrupted one goes on."""
+    """A document was opened. position: 0, or the position (multiple of 32) at which an interrupted one goes on.
+
+    handed_on: an earlier run read the text up to here. Then bytes, tokens and positions count from where it ended:
+    position 0 is the last one that it read, and the document begins at position 1, or goes on at 1 more than a multiple
+    of 32.
+    """
 
     doc: int
     position: int = 0
+    handed_on: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,11 +59,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The document is complete: its text has `nbytes` bytes and `ntokens` tokens, counted from its start."""
+    """The document is complete: its text has `nbytes` bytes and `ntokens` tokens, counted from its start (or from where
+    it was handed on). sha256: of all bytes of its text, those before a hand-on too; b"" when nobody asked for it."""
 
     doc: int
     nbytes: int
     ntokens: int
+    sha256: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

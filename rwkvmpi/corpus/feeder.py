@@ -38,9 +38,16 @@ class Feeder:
     """
 
     def __init__(
-        self, tokenizer_spec: str, vocab_size: int, *, text_key: str = "text", read_ahead: int = READ_AHEAD
+        self,
+        tokenizer_spec: str,
+        vocab_size: int,
+        *,
+        text_key: str = "text",
+        digests: bool = False,
+        read_ahead: int = READ_AHEAD,
     ) -> None:
-        """tokenizer_spec, vocab_size: as load_tokenizer() takes them; text_key: as build_index() takes it."""
+        """tokenizer_spec, vocab_size: as load_tokenizer() takes them; text_key: as build_index() takes it; digests:
+        whether every End shall carry the SHA-256 of the text."""
         self.waited = 0.0  # seconds that read() had nothing to give
         self._events: deque[tuple[Event, int]] = deque()
         self._queued = 0
@@ -54,13 +61,15 @@ class Feeder:
         self._stdin = cast(BinaryIO, self._child.stdin)
         self._thread = threading.Thread(target=self._take_events, name="feeder", daemon=True)
         self._thread.start()
-        config = {"tokenizer": tokenizer_spec, "vocab_size": vocab_size, "text_key": text_key, "parent": os.getpid()}
-        self._send(config)
+        config = {"tokenizer": tokenizer_spec, "vocab_size": vocab_size, "text_key": text_key, "digests": digests}
+        self._send({**config, "parent": os.getpid()})
 
     def request(self, ref: DocumentRef, resume: InFlight | None = None) -> None:
         """Ask for a document, to be read after those asked for before; from where it was left if `resume` says so.
 
-        Returns at once. ValueError when `resume` belongs to another document or contradicts itself.
+        One that is handed on (ref.handed_sha256) is Failed unless its text begins with what was read of it; else its
+        events tell what comes after that. Returns at once. ValueError when `resume` belongs to another document or
+        contradicts itself.
         """
         doc, position, cursor = resume or InFlight(ref.index, 0, TokenCursor(0, 0))
         if doc != ref.index or cursor.tokens_before > max(0, position - 1):

@@ -20,6 +20,7 @@ from rwkvmpi.corpus.events import Begin, Block, End, Event, Failed
 from rwkvmpi.corpus.frames import write_event
 from rwkvmpi.corpus.index import DocumentRef
 from rwkvmpi.corpus.readers import TextReader
+from rwkvmpi.corpus.text_digest import HashedText, pass_beginning, pass_bytes
 from rwkvmpi.corpus.tokenizers import Tokenizer, load_tokenizer
 from rwkvmpi.errors import DocumentError
 
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         with TextReader(config["text_key"]) as reader:
             while True:
-                _serve(requests.get(), reader, tokenizer, pipe)
+                _serve(requests.get(), reader, tokenizer, config["digests"], pipe)
     except BrokenPipeError:
         os._exit(0)  # the parent is gone, and nobody would read a message
 
@@ -62,10 +63,10 @@ def _take_requests(stdin: BinaryIO, requests: queue.SimpleQueue[dict[str, Any]])
     os._exit(0)
 
 
-def _serve(request: dict[str, Any], reader: TextReader, tokenizer: Tokenizer, pipe: BinaryIO) -> None:
+def _serve(request: dict[str, Any], reader: TextReader, tokenizer: Tokenizer, digests: bool, pipe: BinaryIO) -> None:
     ref = DocumentRef(**request["ref"])
     try:
-        for event in _events(ref, reader, tokenizer, request):
+        for event in _events(ref, reader, tokenizer, digests, request):
             write_event(pipe, event)
         return
     except (BrokenPipeError, KeyboardInterrupt, SystemExit):
@@ -77,15 +78,25 @@ def _serve(request: dict[str, Any], reader: TextReader, tokenizer: Tokenizer, pi
     write_event(pipe, Failed(ref.index, reason))
 
 
-def _events(ref: DocumentRef, reader: TextReader, tokenizer: Tokenizer, request: dict[str, Any]) -> Iterator[Event]:
+def _events(
+    ref: DocumentRef, reader: TextReader, tokenizer: Tokenizer, digests: bool, request: dict[str, Any]
+) -> Iterator[Event]:
     nbytes, ntokens = request["byte_start"], request["tokens_before"]
-    with reader.open(ref, nbytes) as stream:
-        yield Begin(ref.index, request["position"])
-        for block in tokenizer.blocks(stream, nbytes):
+    handed_on = bool(ref.handed_sha256)
+    # Where bytes before the resume point must be looked at, the text is read from its start.
+    hashed = digests or handed_on
+    with reader.open(ref, 0 if hashed else nbytes) as stream:
+        text = HashedText(stream)
+        if handed_on:
+            pass_beginning(text, ref)
+        if hashed:
+            pass_bytes(text if digests else stream, nbytes, ref)
+        yield Begin(ref.index, request["position"] or int(handed_on), handed_on)
+        for block in tokenizer.blocks(text if digests else stream, nbytes):
             yield Block(ref.index, block.byte_start, ntokens, block.tokens)
             ntokens += len(block.tokens)
             nbytes = block.byte_start + block.nbytes
-        yield End(ref.index, nbytes, ntokens)
+        yield End(ref.index, nbytes, ntokens, text.sha256.digest() if digests else b"")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ def write_event(pipe: BinaryIO, event: Event) -> None:
     """Write one event and flush it."""
     payload = b""
     match event:
-        case Begin(doc, position):
-            header = (_BEGIN, doc, position, 0)
+        case Begin(doc, position, handed_on):
+            header = (_BEGIN, doc, position, int(handed_on))
         case Block(doc, byte_start, first_token, tokens):
             header = (_BLOCK, doc, byte_start, first_token)
             payload = tokens.astype("<i4", copy=False).tobytes()
-        case End(doc, nbytes, ntokens):
+        case End(doc, nbytes, ntokens, sha256):
             header = (_END, doc, nbytes, ntokens)
+            payload = sha256
         case Failed(doc, error):
             header = (_FAILED, doc, 0, 0)
             payload = error.encode("utf-8", "backslashreplace")
@@ -43,11 +44,11 @@ def read_event(pipe: BinaryIO) -> tuple[Event, int] | None:
         return None
     event: Event
     if kind == _BEGIN:
-        event = Begin(doc, first)
+        event = Begin(doc, first, bool(second))
     elif kind == _BLOCK:
         event = Block(doc, first, second, np.frombuffer(payload, dtype="<i4"))
     elif kind == _END:
-        event = End(doc, first, second)
+        event = End(doc, first, second, payload)
     elif kind == _FAILED:
         event = Failed(doc, payload.decode("utf-8"))
     else:

@@ -27,7 +27,9 @@ Fingerprint = tuple[str, int, str]
 class DocumentRef:
     """One document. index: its number in input order; id: unique among the documents; source: path of its file; kind:
     "txt", "jsonl.gz", ...; locator: .jsonl: byte where its line begins in the decompressed file, .parquet: row, else 0;
-    nbytes: bytes of its text, an estimate for .txt.gz and .txt.zst, 0 when unknown; error: why it cannot be read."""
+    nbytes: bytes of its text, an estimate for .txt.gz and .txt.zst, 0 when unknown; error: why it cannot be read;
+    handed_bytes, handed_sha256: so many bytes of it, with this SHA-256 (hex), were read by the run from which it is
+    handed on; no SHA-256: it is read from its start."""
 
     index: int
     id: str
@@ -36,6 +38,8 @@ class DocumentRef:
     locator: int
     nbytes: int
     error: str | None
+    handed_bytes: int = 0
+    handed_sha256: str = ""
 
 
 class CorpusIndex(Sequence[DocumentRef]):
@@ -172,13 +176,14 @@ def build_index(inputs: list[str], text_key: str = "text", id_key: str = "id") -
     return index
 
 
-def order(index: CorpusIndex) -> np.ndarray:
-    """int64 [documents]: the order in which they are queued: by floor(log2(bytes)) descending, input order within.
+def order(nbytes: np.ndarray) -> np.ndarray:
+    """int64 [documents]: the order in which documents of `nbytes` are queued: by floor(log2(bytes)) descending, input
+    order within.
 
     Longest first, so that no rank is left with a long one at the end; in classes, so that a compressed file is read
     from front to back only once for each class.
     """
-    _, classes = np.frexp(index.nbytes.astype(np.float64))  # 0 bytes: class 0; else floor(log2) + 1
+    _, classes = np.frexp(nbytes.astype(np.float64))  # 0 bytes: class 0; else floor(log2) + 1
     return np.argsort(-classes, kind="stable").astype(np.int64)
 
 

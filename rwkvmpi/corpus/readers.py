@@ -102,7 +102,7 @@ class TextReader:
             self._at = self._file.seek(ref.locator)
         first = self._file.readline(SHORT_LINE)
         if not first:
-            raise DocumentError(_changed(ref.source))
+            raise DocumentError(changed(ref.source))
         line = Line(ref.locator, first, self._file)
         # Of a long line nobody knows yet how far it will be read: the next record opens a compressed file anew.
         self._at = self._at + len(first) if line.short else sys.maxsize
@@ -122,7 +122,7 @@ class TextReader:
             try:
                 text = next(self._rows)
             except StopIteration:
-                raise DocumentError(_changed(ref.source)) from None
+                raise DocumentError(changed(ref.source)) from None
             self._at += 1
         if text is None:
             raise DocumentError(f"the value of {self._text_key!r} is null")
@@ -148,7 +148,7 @@ def _open_file(source: str, compression: str, start_byte: int) -> TextStream:
         if compression:
             _skip_to(stream, source, start_byte)
         elif file.seek(0, io.SEEK_END) < start_byte:
-            raise DocumentError(_changed(source))
+            raise DocumentError(changed(source))
         else:
             file.seek(start_byte)
     except BaseException:
@@ -159,10 +159,11 @@ def _open_file(source: str, compression: str, start_byte: int) -> TextStream:
 
 def _skip_to(stream: TextStream, source: str, start_byte: int) -> None:
     if skip(stream, start_byte) < start_byte:
-        raise DocumentError(_changed(source))
+        raise DocumentError(changed(source))
 
 
-def _changed(source: str) -> str:
+def changed(source: str) -> str:
+    """The sentence for a document that is not what the index saw."""
     return f"{printable(source)}: the file has changed since it was indexed: the document is not there any more"
 
 

@@ -3,6 +3,11 @@
 A document with n tokens takes the positions 0..n. The input at position 0 is token 0 (end-of-document), at position
 i > 0 it is token i - 1; the target at position i < n is token i, at position n there is none. Every document begins at
 a row that is a multiple of 32, so chunk boundaries fall on multiples of 32 of each document's positions.
+
+A document that an earlier run hands on is read from where that run ended, and its tokens and positions count from
+there: position 0 is the last one of the earlier run, whose output predicts token 0, and the positions 1..n are laid.
+Chunk boundaries fall on multiples of 32 rows from position 1. With no new token it is a segment of no rows, which only
+says that it ends; 32 rows are left free for it.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ ALIGNMENT = 32  # rows; documents and chunks begin at multiples of it
 DEFAULT_ROWS = 1024  # G
 
 # Columns of Chunk.segments, int64 [D, SEGMENT_COLUMNS].
-ROW, COUNT, DOC, POSITION, FLAGS, NTOKENS = range(6)
-SEGMENT_COLUMNS = 8  # the last two are spare and 0
+# JOIN, where HANDED_ON: token 0, the input of its first row, -1 when there is none; else 0.
+ROW, COUNT, DOC, POSITION, FLAGS, NTOKENS, JOIN = range(7)
+SEGMENT_COLUMNS = 8  # the last one is spare and 0
 
 # Bits of the column FLAGS.
 BEGINS = 1  # position 0: start from the initial state
@@ -29,6 +35,7 @@ CONTINUES = 2  # the state comes from the chunk before
 RESUMES = 4  # the state comes from saved files
 ENDS = 8  # the document ends here; else it goes on in the next chunk
 FAILED = 16  # the document broke off here: discard its results
+HANDED_ON = 32  # position 1: the state comes from the earlier run that hands the document on
 
 NO_TARGET = -1
 
@@ -36,13 +43,15 @@ NO_TARGET = -1
 class EndedDocument(NamedTuple):
     """A document whose last segment stands in a chunk; error is None when it was read to its end.
 
-    nbytes: bytes of its text, ntokens: its tokens; both 0 for a document that broke off.
+    nbytes: bytes of its text, ntokens: its tokens, of a document handed on those that are new; both 0 for a document
+    that broke off. sha256: of its whole text, b"" when it was not asked for.
     """
 
     doc: int
     nbytes: int
     ntokens: int
     error: str | None
+    sha256: bytes = b""
 
 
 class FailedDocument(NamedTuple):
@@ -59,8 +68,8 @@ class Chunk:
 
     index: number of the chunk, counting up; tokens: int32 [G], the inputs (0 in padding rows); targets: int32 [G], the
     token that each row's output predicts (-1: none); segments: int64 [D, 8], one row per document in the chunk, columns
-    ROW, COUNT, DOC, POSITION, FLAGS, NTOKENS (-1 unless ENDS without FAILED), ascending and apart from each other;
-    ended: the documents that end here, in order; in_flight: the document that goes on in the next chunk, or None.
+    ROW, COUNT, DOC, POSITION, FLAGS, NTOKENS (-1 unless ENDS without FAILED) and JOIN, ascending and apart from each
+    other; ended: the documents that end here, in order; in_flight: the document that goes on in the next chunk.
     """
 
     index: int
@@ -94,6 +103,7 @@ class ChunkBuilder:
         self._complete: deque[Chunk] = deque()
         self._given: InFlight | None = None
         self._doc: int | None = None  # the document being laid
+        self._handed_on = False
         self._input = 0  # its next position to lay; the input there is token _input - 1
         self._laid = False  # whether any row of it was laid here
         self._seen = 0  # number of its tokens seen so far
@@ -109,12 +119,12 @@ class ChunkBuilder:
     def push(self, event: Event) -> None:
         """Take the next event. Events of two documents that interleave, or tokens out of order, raise ValueError."""
         match event:
-            case Begin(doc, position):
-                self._begin(doc, position)
+            case Begin(doc, position, handed_on):
+                self._begin(doc, position, handed_on)
             case Block(doc, byte_start, first_token, tokens):
                 self._lay(doc, TokenCursor(byte_start, first_token), tokens)
-            case End(doc, nbytes, ntokens):
-                self._end(doc, nbytes, ntokens)
+            case End(doc, nbytes, ntokens, sha256):
+                self._end(doc, nbytes, ntokens, sha256)
             case Failed(doc, error):
                 if self._doc not in (None, doc):
                     raise ValueError(f"document {doc} failed inside document {self._doc}")
@@ -152,18 +162,23 @@ class ChunkBuilder:
         """The document that has begun and not ended, or None."""
         return self._doc
 
-    def _begin(self, doc: int, position: int) -> None:
+    def _begin(self, doc: int, position: int, handed_on: bool) -> None:
         if self._doc is not None:
             raise ValueError(f"document {doc} begins inside document {self._doc}")
-        if position < 0 or position % ALIGNMENT:
-            raise ValueError(f"document {doc} cannot go on at position {position}: no multiple of {ALIGNMENT}")
+        if position < handed_on or (position - handed_on) % ALIGNMENT:
+            what = f"one more than a multiple of {ALIGNMENT}" if handed_on else f"multiple of {ALIGNMENT}"
+            raise ValueError(f"document {doc} cannot go on at position {position}: no {what}")
         # Nothing is laid before the first token or the end: a document that cannot be read shall leave no trace.
-        self._doc, self._input, self._laid, self._seen = doc, position, False, -1
+        self._doc, self._input, self._laid, self._seen, self._handed_on = doc, position, False, -1, handed_on
 
-    def _open_segment(self, flag: int) -> None:
+    def _open_segment(self, flag: int, join: int = 0) -> None:
         assert self._doc is not None
-        self._segments.append([self._row, 0, self._doc, self._input, flag, -1, 0, 0])
+        self._segments.append([self._row, 0, self._doc, self._input, flag, -1, join, 0])
         self._laid = True
+
+    @property
+    def _begins_handed_on(self) -> bool:
+        return self._handed_on and self._input == 1
 
     def _lay_start(self) -> None:
         """Position 0 of a document: token 0."""
@@ -186,7 +201,10 @@ class ChunkBuilder:
         # The block from which a document is resumed begins before the position at which it goes on.
         tokens = tokens[self._input - 1 - cursor.tokens_before :]
         if len(tokens) and not self._laid:
-            self._open_segment(RESUMES)
+            if self._begins_handed_on:
+                self._open_segment(HANDED_ON, int(tokens[0]))
+            else:
+                self._open_segment(RESUMES)
         while len(tokens):
             if self._row == self.rows:
                 self._targets[-1] = tokens[0]
@@ -201,20 +219,23 @@ class ChunkBuilder:
             self._input += count
             tokens = tokens[count:]
 
-    def _end(self, doc: int, nbytes: int, ntokens: int) -> None:
+    def _end(self, doc: int, nbytes: int, ntokens: int, sha256: bytes) -> None:
         if doc != self._doc:
             raise ValueError(f"document {doc} ends inside document {self._doc}")
-        seen = self._seen if self._seen >= 0 or self._input else 0
+        begins = self._input == 0 or self._begins_handed_on
+        seen = 0 if begins and self._seen < 0 else self._seen
         if seen >= 0 and ntokens != seen:
             raise ValueError(f"document {doc} ends with {ntokens} tokens after {seen} were read")
         if self._input == 0:
             self._lay_start()
+        if not self._laid and self._begins_handed_on:
+            self._open_segment(HANDED_ON, NO_TARGET)
         if not self._laid:
             self._fail(doc, f"the document has changed: it ends before token {self._input}, where it was left")
             return
         self._segments[-1][FLAGS] |= ENDS
         self._segments[-1][NTOKENS] = ntokens
-        self._close(EndedDocument(doc, nbytes, ntokens, None))
+        self._close(EndedDocument(doc, nbytes, ntokens, None, sha256))
 
     def _fail(self, doc: int, error: str) -> None:
         if self._doc is None or not self._laid:
@@ -229,6 +250,8 @@ class ChunkBuilder:
         self._ended.append(ended)
         self._doc = None
         self._close_segment()
+        if not self._segments[-1][COUNT]:
+            self._row += ALIGNMENT  # of no rows: the next one begins elsewhere
         self._row += -self._row % ALIGNMENT
         if self._row == self.rows:
             self._emit(None)

@@ -221,6 +221,16 @@ def arrange_states(shards: ShardSet, documents: Documents, restarted: Mapping[in
     return Pieces(target, np.ones_like(target), table["shard"], table["row"])
 
 
+def arrange_rows(shards: ShardSet, group: str, documents: Documents, restarted: Mapping[int, int], what: str) -> Pieces:
+    """The rows of a group that has one for every document. DoesNotFit when one is missing or twice: `what` is it."""
+    table = _table(shards, group, ("document",), documents, restarted)
+    seen = np.bincount(table["document"], minlength=len(documents.ok))
+    if (wrong := np.flatnonzero(seen != documents.ok)).size:
+        doc = int(wrong[0])
+        raise DoesNotFit(f"document {doc}: {what} {'is missing' if not seen[doc] else 'was recorded more than once'}")
+    return Pieces(table["document"], np.ones_like(table["document"]), table["shard"], table["row"])
+
+
 def check_tiling(docs: np.ndarray, firsts: np.ndarray, counts: np.ndarray, documents: Documents) -> None:
     """The pieces (sorted by document and first token) must cover tokens 0..n-1 of every document once, and no more.
 

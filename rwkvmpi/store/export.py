@@ -15,7 +15,7 @@ import numpy as np
 
 from rwkvmpi.errors import UserError
 from rwkvmpi.store.files import TEMP_SUFFIX, publish
-from rwkvmpi.store.results_file import DocumentRow, Results, open_results
+from rwkvmpi.store.results_file import BEFORE, DocumentRow, Results, open_results
 
 FORMATS = ("jsonl", "parquet")
 _TOKENS_PER_BLOCK = 1 << 16
@@ -69,6 +69,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 def _record(results: Results, row: DocumentRow) -> dict[str, Any]:
     """What both formats say about a document, without its vectors and tokens."""
     record: dict[str, Any] = {"id": row.id, "source": row.source, "bytes": row.bytes, "tokens": row.tokens}
+    record.update((name, getattr(row, name)) for name in BEFORE if results.has(f"documents/{name}"))
     if results.task == "score":
         record.update(nll=_or_null(row.nll), bits_per_byte=_or_null(row.bits_per_byte))
     record.update(status=row.status, error=row.error)
@@ -157,6 +158,7 @@ def _write_parquet(results: Results, file: IO[bytes], tokens: bool) -> None:
 
 def _schema(pa: Any, results: Results, tokens: bool) -> Any:
     fields = [("id", pa.string()), ("source", pa.string()), ("bytes", pa.int64()), ("tokens", pa.int64())]
+    fields += [(name, pa.int64()) for name in BEFORE if results.has(f"documents/{name}")]
     if results.task == "score":
         fields += [("nll", pa.float64()), ("bits_per_byte", pa.float64())]
     fields += [("status", pa.string()), ("error", pa.string())]

@@ -50,7 +50,7 @@ def check(path: str | Path) -> list[str]:
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     try:
-        return _check_shard(path) if _format_of(path) == "rwkvmpi-shard" else _check_results(path)
+        return _check_shard(path) if _format_of(path) == "rwkvmpi-shard" else check_results(path)
     except UserError as error:
         return [str(error)]
 
@@ -124,13 +124,14 @@ def _check_run(run: RunFolder) -> list[str]:
         if path.exists():
             faults += [f"{path}: {run.shards}/{fault}" for fault in found]
     if run.results.exists():
-        faults += _check_results(run.results)
+        faults += check_results(run.results)
     elif run.finished:
         faults.append(f"{run.results}: is missing although the run is finished")
     return faults
 
 
-def _check_results(path: Path) -> list[str]:
+def check_results(path: Path) -> list[str]:
+    """As `check`, for a results file."""
     recorded = (read_json(path.with_name("SUCCESS")) or {}).get("results_sha256")
     if path.name == "results.h5" and recorded is not None and sha256_file(path) != recorded:
         return [f"{path}: its SHA-256 differs from the one in SUCCESS; restore it from a copy"]

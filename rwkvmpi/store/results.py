@@ -20,6 +20,7 @@ from rwkvmpi.store.arrange import (
     Pieces,
     ShardSet,
     arrange_embeddings,
+    arrange_rows,
     arrange_states,
     arrange_tokens,
     read_documents,
@@ -27,8 +28,9 @@ from rwkvmpi.store.arrange import (
 from rwkvmpi.store.commits import Commit, verify_shards
 from rwkvmpi.store.digest import content_digest
 from rwkvmpi.store.h5_output import H5Output
-from rwkvmpi.store.results_file import FORMAT, FORMAT_VERSION, STATUS, Results, open_results, printable
+from rwkvmpi.store.results_file import BEFORE, FORMAT, FORMAT_VERSION, STATUS, Results, open_results, printable
 from rwkvmpi.store.run_folder import RunFolder
+from rwkvmpi.store.shard_builder import SHA256_BYTES
 from rwkvmpi.store.shard_file import CHUNK_BYTES
 
 __all__ = ["Results", "content_digest", "open_results", "write_results"]
@@ -71,6 +73,7 @@ def write_results(
     layers: int,
     width: int | None = None,
     wkv_shape: tuple[int, ...] | None = None,
+    before: tuple[np.ndarray, np.ndarray] | None = None,
     verify: bool = True,
 ) -> str:
     """Write results.h5 from the shards of the final commit, in memory that does not grow with documents' lengths.
@@ -78,7 +81,9 @@ def write_results(
 
     documents: all, in input order. task: "score", "embed" or "read". tokenizer: its name, or words that tell it. job,
     provenance: JSON values. layers, width C, wkv_shape of one layer ((H, N, N); RWKV-4 (3, C)): of the model; the last
-    two are taken from the shards when left out. verify: compare every shard's SHA-256 first.
+    two are taken from the shards when left out. before: of documents that were handed on from another run, the bytes
+    and the tokens that it had read of each (int64 [documents] each, 0 elsewhere). verify: compare every shard's SHA-256
+    first.
 
     UserError when a shard is damaged, when pieces are missing or overlap (naming document and token), or when the disk
     is full; the old results.h5, if there is one, stays then.
@@ -101,7 +106,7 @@ def write_results(
             shapes = _shapes(shards, layers, width, wkv_shape)
             table = read_documents(shards, commit.documents_total)
             _check_room(run, task, shapes, table)
-            _Writer(shapes, table, shards, output, commit.restarted).write(task, documents)
+            _Writer(shapes, table, shards, output, commit.restarted).write(task, documents, before)
         except DoesNotFit as error:
             raise UserError(
                 f"{run.path}: the parts of the run do not fit together: {error}; start again in a new run folder"
@@ -125,7 +130,7 @@ class _Writer:
         self._shapes, self._table, self._shards, self._output = shapes, table, shards, output
         self._restarted = restarted
 
-    def write(self, task: str, documents: Iterable[Document]) -> None:
+    def write(self, task: str, documents: Iterable[Document], before: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Write everything."""
         nll = np.full(len(self._table.ok), np.nan)
         if task == "score":
@@ -135,6 +140,8 @@ class _Writer:
         else:
             self._write_states()
         self._write_documents(documents, nll)
+        for name, values in zip(BEFORE, before or (), strict=False):
+            self._column(f"documents/{name}", np.where(self._table.ok, values, 0))
 
     def _write_documents(self, documents: Iterable[Document], nll: np.ndarray) -> None:
         import h5py
@@ -198,16 +205,34 @@ class _Writer:
             chunk = (1, _layers_per_chunk(shapes.layers, shape), *(max(1, extent) for extent in shape))
             self._output.create(f"states/{name}", (documents, shapes.layers, *shape), np.float32, chunk)
             self._copy("states", name, pieces, documents, shape, shapes.layers)
+        shards, table, restarted = self._shards, self._table, self._restarted
+        pieces = arrange_rows(shards, "outputs", table, restarted, "the output after its last token")
+        self._output.create("states/last", (documents, shapes.width), np.float32)
+        self._copy("outputs", "last", pieces, documents, (shapes.width,), 1, "states/last")
+        pieces = arrange_rows(shards, "texts", table, restarted, "the SHA-256 of its text")
+        digests = np.zeros((documents, SHA256_BYTES), np.uint8)
+        self._shards.read("texts", pieces, 0, {"sha256": digests})
+        self._column("states/text_sha256", digests)
 
-    def _copy(self, group: str, column: str, pieces: Pieces, rows: int, shape: tuple[int, ...], items: int) -> None:
-        """Copy `rows` rows of `items` pieces each; those of failed documents are NaN."""
+    def _copy(
+        self,
+        group: str,
+        column: str,
+        pieces: Pieces,
+        rows: int,
+        shape: tuple[int, ...],
+        items: int,
+        target: str = "",
+    ) -> None:
+        """Copy `rows` rows of `items` pieces each; those of failed documents are NaN. target: dataset, if it is not
+        called as in the shards."""
         step = max(1, _WINDOW_BYTES // max(4 * items * math.prod(shape), 1))
         for low in range(0, rows, step):
             count = min(step, rows - low)
             values = np.full((count * items, *shape), np.nan, np.float32)
             self._shards.read(group, pieces, low * items, {column: values})
             rows_of_items = values.reshape(count, items, *shape) if group == "states" else values
-            self._output.append(f"{group}/{column}", low, rows_of_items)
+            self._output.append(target or f"{group}/{column}", low, rows_of_items)
 
     def _column(self, path: str, values: np.ndarray) -> None:
         self._output.create(path, values.shape, values.dtype)
@@ -267,7 +292,7 @@ def _shapes(shards: ShardSet, layers: int, width: int | None, wkv: tuple[int, ..
 
 def _check_room(run: RunFolder, task: str, shapes: _Shapes, table: Documents) -> None:
     """Say before the work that the disk is too small, as far as the system tells (quotas show up while writing)."""
-    state = 4 * shapes.layers * (math.prod(shapes.wkv) + 2 * shapes.width) if task == "read" else 0
+    state = 4 * (shapes.layers * (math.prod(shapes.wkv) + 2 * shapes.width) + shapes.width) if task == "read" else 0
     needed = int(table.tokens.sum()) * (8 if task == "score" else 0) + len(table.ok) * (200 + state)
     free = shutil.disk_usage(run.path).free
     if needed > free:

@@ -38,6 +38,13 @@ _GROUPS: dict[str, dict[str, dict[str, tuple[str, int]]]] = {
     },
     "read": {"states": {"wkv": ("f4", 0), "shift": ("f4", 4)}},
 }
+# Only in runs that were handed documents on: what the run before had read of each, which this one did not read again.
+BEFORE = ("bytes_before", "tokens_before")
+# What a file need not have: the columns of BEFORE, and what the first version did not keep with states.
+_OPTIONAL: dict[str, dict[str, tuple[str, int]]] = {
+    "documents": dict.fromkeys(BEFORE, ("i8", 1)),
+    "states": {"last": ("f4", 2), "text_sha256": ("u1", 2)},
+}
 
 
 def printable(text: str) -> str:
@@ -48,7 +55,8 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRow:
-    """One row of /documents. nll (nats) and bits_per_byte are NaN for failed documents, and for embed and read."""
+    """One row of /documents. nll (nats) and bits_per_byte are NaN for failed documents, and for embed and read. Of a
+    document that was handed on, bytes and tokens are the new ones, and bytes_before and tokens_before those before."""
 
     index: int
     id: str
@@ -60,6 +68,8 @@ class DocumentRow:
     bits_per_byte: float
     status: str
     error: str
+    bytes_before: int = 0
+    tokens_before: int = 0
 
     @property
     def ok(self) -> bool:
@@ -95,9 +105,10 @@ class DocumentRows:
     def rows(self, start: int, stop: int) -> Iterator[DocumentRow]:
         """Rows start..stop-1, read a few thousand at a time."""
         names = {number: word for word, number in STATUS.items()}
+        wanted = [*_DOCUMENTS, *(name for name in BEFORE if self._results.has(f"documents/{name}"))]
         for low in range(start, stop, _ROWS):
             high = min(low + _ROWS, stop)
-            columns = {name: self._results.read(f"documents/{name}", low, high).tolist() for name in _DOCUMENTS}
+            columns = {name: self._results.read(f"documents/{name}", low, high).tolist() for name in wanted}
             for offset in range(min(_ROWS, stop - low)):
                 values = {name: column[offset] for name, column in columns.items()}
                 yield DocumentRow(index=low + offset, **{**values, "status": names.get(values["status"], "failed")})
@@ -171,10 +182,33 @@ class Results:
         index = range(len(self))[index]
         return tuple(self.read(f"states/{name}", index, index + 1)[0] for name in ("wkv", "shift"))  # type: ignore[return-value]
 
+    def layer_state(self, index: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """(wkv float32 [...], shift float32 [2, C]) of one layer of a document, of the task read."""
+        self._need("read", "states")
+        try:
+            return self._file["states/wkv"][index, layer], self._file["states/shift"][index, layer]
+        except OSError as error:
+            raise UserError(f"{self.path}: /states is damaged ({error}); restore it from a copy") from error
+
+    def last_output(self, index: int) -> np.ndarray:
+        """float32 [C]: the output after ln_out of a document's last token, of the task read; NaN when it failed.
+        UserError when the file has none."""
+        self._need("read", "states")
+        index = range(len(self))[index]
+        if not self.has("states/last"):
+            raise UserError(f"{self.path}: was written by a version that kept no states/last; read the documents again")
+        row: np.ndarray = self.read("states/last", index, index + 1)[0]
+        return row
+
+    def has(self, path: str) -> bool:
+        """Whether the file has this dataset."""
+        return path in self._file
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every dataset."""
         names = {"documents": _DOCUMENTS, **_GROUPS[self.task]}
-        return {f"{group}/{name}": self._file[f"{group}/{name}"].shape for group in names for name in names[group]}
+        paths = [f"{group}/{name}" for group in names for name in (*names[group], *_OPTIONAL.get(group, ()))]
+        return {path: self._file[path].shape for path in paths if self.has(path)}
 
     def read(self, path: str, start: int, stop: int) -> Any:
         """Rows of a dataset; UserError when they are damaged."""
@@ -218,7 +252,8 @@ class Results:
         import h5py
 
         lengths = set()
-        for name, (kind, ndim) in columns.items():
+        extra = {name: what for name, what in _OPTIONAL.get(group, {}).items() if self.has(f"{group}/{name}")}
+        for name, (kind, ndim) in {**columns, **extra}.items():
             dataset = self._file.get(f"{group}/{name}")
             if not isinstance(dataset, h5py.Dataset):
                 raise self._damaged(f"/{group}/{name} is missing")

@@ -22,6 +22,7 @@ DEFAULT_LIMIT_BYTES = 1 << 20
 MAX_LIMIT_BYTES = 64 << 20
 _ITEMS_PER_SHARD = 16  # at least so many of the largest items (states, vectors), as far as MAX_LIMIT_BYTES allows
 _ROW_BYTES = 64  # what a row of a table is counted for
+SHA256_BYTES = 32
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -61,11 +62,16 @@ class _Results:
         self.states = _Table("document", "layer")
         self.wkv: list[np.ndarray] = []
         self.shift: list[np.ndarray] = []
+        self.outputs = _Table("document")
+        self.lasts: list[np.ndarray] = []
+        self.texts = _Table("document")
+        self.digests = bytearray()
         self.item_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        rows = len(self.documents) + len(self.pieces) + len(self.windows) + len(self.states)
+        tables = (self.documents, self.pieces, self.windows, self.states, self.outputs, self.texts)
+        rows = sum(map(len, tables))
         flat = len(self.ids) + len(self.logprobs) + len(self.error_text)
         return rows * _ROW_BYTES + flat + self.item_bytes
 
@@ -88,6 +94,11 @@ class _Results:
             groups["embeddings"] = {**self.windows.arrays(), "vector": np.stack(self.vectors)}
         if self.wkv:
             groups["states"] = {**self.states.arrays(), "wkv": np.stack(self.wkv), "shift": np.stack(self.shift)}
+        if self.lasts:
+            groups["outputs"] = {**self.outputs.arrays(), "last": np.stack(self.lasts)}
+        if len(self.texts):
+            sha256 = np.frombuffer(bytes(self.digests), np.uint8).reshape(-1, SHA256_BYTES)
+            groups["texts"] = {**self.texts.arrays(), "sha256": sha256}
         return groups
 
 
@@ -164,9 +175,21 @@ class ShardBuilder:
         results.item_bytes += wkv.nbytes + shift.nbytes
         self._results_grew()
 
-    def add_document(self, doc: int, nbytes: int, ntokens: int, ok: bool, error: str = "") -> None:
-        """A document is done: bytes of its text, number of its tokens; not ok: it failed, and `error` says why."""
+    def add_output(self, doc: int, last: np.ndarray) -> None:
+        """The output after ln_out of a document's last row, float32 [C]. Copied."""
+        _expect("last", last, np.float32, 1)
+        self._results.outputs.add(doc)
+        self._results.lasts.append(self._keep(last))
+        self._results.item_bytes += last.nbytes
+        self._results_grew()
+
+    def add_document(self, doc: int, nbytes: int, ntokens: int, ok: bool, error: str = "", sha256: bytes = b"") -> None:
+        """A document is done: bytes of its text, number of its tokens; not ok: it failed, and `error` says why.
+        sha256: of its whole text, where that is part of the results."""
         results = self._results
+        if sha256:
+            results.texts.add(doc)
+            results.digests += sha256
         results.error_text += error.encode("utf-8", "backslashreplace")
         results.documents.add(doc, nbytes, ntokens, len(results.error_text))
         results.ok.append(bool(ok))

@@ -5,6 +5,8 @@ kind "results"  /documents/  document bytes tokens (int64) ok (uint8) error_end 
                 /tokens/     id (int32) logprob (float32)
                 /embeddings/ document window first_token tokens (int64) vector [n, C] (float32)
                 /states/     document layer (int64) wkv [n, ...] shift [n, 2, C] (float32)
+                /outputs/    document (int64) last [n, C] (float32): the output after ln_out of its last row
+                /texts/      document (int64) sha256 [n, 32] (uint8)
 kind "state"    /inflight/   document position layer (int64) wkv [n, ...] shift [n, 2, C] (float32)
                 /carry/      document position end (int64) data (uint8)
 
@@ -47,6 +49,8 @@ COLUMNS: dict[str, dict[str, tuple[np.dtype, int]]] = {
         "vector": (_FLOAT32, 2),
     },
     "states": {**dict.fromkeys(("document", "layer"), (_INT64, 1)), "wkv": (_FLOAT32, 0), "shift": (_FLOAT32, 3)},
+    "outputs": {"document": (_INT64, 1), "last": (_FLOAT32, 2)},
+    "texts": {"document": (_INT64, 1), "sha256": (_UINT8, 2)},
     "inflight": {
         **dict.fromkeys(("document", "position", "layer"), (_INT64, 1)),
         "wkv": (_FLOAT32, 0),

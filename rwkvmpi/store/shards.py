@@ -36,9 +36,9 @@ class ShardWriter(ShardBuilder):
         self._documents: list[int] = []
         self._closed_documents: list[int] = []
 
-    def add_document(self, doc: int, nbytes: int, ntokens: int, ok: bool, error: str = "") -> None:
+    def add_document(self, doc: int, nbytes: int, ntokens: int, ok: bool, error: str = "", sha256: bytes = b"") -> None:
         self._documents.append(doc)
-        super().add_document(doc, nbytes, ntokens, ok, error)
+        super().add_document(doc, nbytes, ntokens, ok, error, sha256)
 
     def begin_cut(self, commit: int) -> None:
         """Everything recorded so far belongs to `commit`; results added later do not, states still do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ class Recorder(Protocol):
     def add_embedding(self, doc: int, window: int, first_token: int, ntokens: int, vector: np.ndarray) -> None: ...
 
     def add_state(self, doc: int, layer: int, wkv: np.ndarray, shift: np.ndarray) -> None: ...
+
+    def add_output(self, doc: int, last: np.ndarray) -> None: ...
 
 
 class Task:
@@ -38,23 +41,34 @@ class Task:
         """The carry at the start of a document, uint8 [carry_bytes]."""
         return np.zeros(self.carry_bytes, dtype=np.uint8)
 
-    def evaluate(self, stage: Any, x: Any, targets: np.ndarray) -> Any:
-        """Last stage: what `consume` needs, a tensor on the stage's device, of the residual stream x [G, C]."""
+    def evaluate(self, stage: Any, x: Any, segments: np.ndarray, targets: np.ndarray, lasts: np.ndarray) -> Any:
+        """Last stage: what `consume` needs, a tensor on the stage's device, of the residual stream x [G, C].
+
+        `segments` [D, 8] and `targets` int32 [G] (the next token, -1 none) as corpus.stream lays them; `lasts` float32
+        [J, C]: for each segment that begins a document handed on, in their order, the output after ln_out of the last
+        row that the earlier run read of it.
+        """
         return x[:0]
 
     def consume(
-        self, segments: np.ndarray, targets: np.ndarray, values: Any, carry: np.ndarray, recorder: Recorder
+        self,
+        segments: np.ndarray,
+        targets: np.ndarray,
+        lasts: np.ndarray,
+        values: Any,
+        carries: Sequence[np.ndarray],
+        recorder: Recorder,
     ) -> np.ndarray:
-        """Use one chunk's `values`: what `evaluate` gave, in the host's memory.
+        """Use one chunk's `values`: what `evaluate` gave for the same arguments, in the host's memory.
 
-        `segments` [D, 8] and `targets` int32 [G] (the next token, -1 none) as corpus.stream lays them; `carry` is
-        the one that came with the first segment (fresh where it begins a document). Returns the carry that goes on
-        with the last segment.
+        `carries`: of every segment the carry that it goes on with (fresh where it begins a document, or what is new of
+        it). Returns the carry that goes on with the last segment.
         """
-        return carry
+        return carries[-1]
 
     def layer_done(self, layer: int, segments: np.ndarray, state: Any, recorder: Recorder) -> None:
-        """Use one layer's final states (models.state.LayerState of all segments)."""
+        """Use one layer's final states (models.state.LayerState of all segments; of one without rows, the state that
+        was handed on)."""
 
 
 def make_task(name: str, window: int, width: int) -> Task:

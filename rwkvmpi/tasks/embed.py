@@ -1,18 +1,20 @@
 """embed: the mean of the output after ln_out over a document's tokens, or over every window of N tokens.
 
 The sum runs in float64 over the tokens in their order, one after the other, and travels from chunk to chunk as
-the task's carry: so the vector's bits do not depend on where chunks begin.
+the task's carry: so the vector's bits do not depend on where chunks begin. Of a document that is handed on only the new
+tokens count, and windows begin with the first of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from rwkvmpi import ops
-from rwkvmpi.corpus.stream import BEGINS, COUNT, DOC, ENDS, FLAGS, POSITION, ROW
+from rwkvmpi.corpus.stream import COUNT, DOC, ENDS, FLAGS, POSITION, ROW
 from rwkvmpi.tasks.base import Recorder, Task
 
 
@@ -26,17 +28,21 @@ class EmbedTask(Task):
         self.width = width
         self.carry_bytes = 8 * width + 8
 
-    def evaluate(self, stage: Any, x: Any, targets: np.ndarray) -> Any:
+    def evaluate(self, stage: Any, x: Any, segments: np.ndarray, targets: np.ndarray, lasts: np.ndarray) -> Any:
         return stage.finish(x)
 
     def consume(
-        self, segments: np.ndarray, targets: np.ndarray, values: Any, carry: np.ndarray, recorder: Recorder
+        self,
+        segments: np.ndarray,
+        targets: np.ndarray,
+        lasts: np.ndarray,
+        values: Any,
+        carries: Sequence[np.ndarray],
+        recorder: Recorder,
     ) -> np.ndarray:
-        for segment in segments:
-            if segment[FLAGS] & BEGINS:
-                carry = self.first_carry()
-            carry = self._consume_segment(segment, values, carry, recorder)
-        return carry
+        for segment, carry in zip(segments, carries, strict=True):
+            after = self._consume_segment(segment, values, carry, recorder)
+        return after
 
     def _consume_segment(self, segment: np.ndarray, hidden: Any, carry: np.ndarray, recorder: Recorder) -> np.ndarray:
         carry = carry.copy()

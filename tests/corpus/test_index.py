@@ -129,7 +129,7 @@ def test_ids_become_unique(ids: list[str]) -> None:
 def test_order_is_by_size_class(tmp_path: Path) -> None:
     sizes = [5, 1000, 0, 4, 600, 7, 1024, 1]
     write(tmp_path / "a.jsonl", jsonl([{"text": "x" * size} for size in sizes]))
-    queued = order(build_index([str(tmp_path)]))
+    queued = order(build_index([str(tmp_path)]).nbytes)
     assert queued.dtype == np.int64
     assert [sizes[doc] for doc in queued] == [1024, 1000, 600, 5, 4, 7, 1, 0]
 

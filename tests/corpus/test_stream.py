@@ -18,6 +18,8 @@ from rwkvmpi.corpus.stream import (
     ENDS,
     FAILED,
     FLAGS,
+    HANDED_ON,
+    JOIN,
     NTOKENS,
     POSITION,
     RESUMES,
@@ -32,10 +34,13 @@ def tokens_of(doc: int, length: int) -> np.ndarray:
     return np.random.default_rng(doc).integers(1, 60000, length, dtype=np.int32)
 
 
+HANDED = 1000  # documents from this number on are handed on
+
+
 def events_of(doc: int, length: int, block: int, start: int = 0, position: int = 0) -> Iterator[Event]:
     """The events of one document of 3 bytes a token, from the block that begins at token `start`."""
     tokens = tokens_of(doc, length)
-    yield Begin(doc, position)
+    yield Begin(doc, position or int(doc >= HANDED), doc >= HANDED)
     for first in range(start, length, block):
         yield Block(doc, 3 * first, first, tokens[first : first + block])
     yield End(doc, 3 * length, length)
@@ -52,13 +57,17 @@ def check_layout(chunks: list[Chunk], rows: int) -> None:
         for place, segment in enumerate(chunk.segments):
             row, count, flags = segment[ROW], segment[COUNT], segment[FLAGS]
             assert row % 32 == 0
-            assert segment[POSITION] % 32 == 0
-            assert count >= 1
-            assert not covered[row : row + count].any()
-            covered[row : row + count] = True
+            handed = segment[DOC] >= HANDED
+            assert segment[POSITION] % 32 == handed
+            assert count >= (0 if flags & HANDED_ON else 1)
+            assert not covered[row : row + max(count, 1)].any()
+            covered[row : row + max(count, 1)] = True
             assert bool(flags & CONTINUES) == (crossing and place == 0)
             assert bool(flags & BEGINS) == (segment[POSITION] == 0)
-            assert bin(flags & (BEGINS | CONTINUES | RESUMES)).count("1") == 1
+            assert bool(flags & HANDED_ON) == (segment[POSITION] == 1)
+            assert bin(flags & (BEGINS | CONTINUES | RESUMES | HANDED_ON)).count("1") == 1
+            join = chunk.tokens[row] if count else -1
+            assert segment[JOIN] == (join if flags & HANDED_ON else 0)
             assert flags & ENDS or place == len(chunk.segments) - 1
             assert (segment[NTOKENS] >= 0) == (flags & (ENDS | FAILED) == ENDS)
         assert not chunk.tokens[~covered].any()
@@ -84,7 +93,7 @@ def collect(chunks: list[Chunk]) -> dict[int, dict[int, tuple[int, int]]]:
 
 def expected(doc: int, length: int) -> dict[int, tuple[int, int]]:
     tokens = [0, *tokens_of(doc, length).tolist(), -1]
-    return {position: (tokens[position], tokens[position + 1]) for position in range(length + 1)}
+    return {position: (tokens[position], tokens[position + 1]) for position in range(doc >= HANDED, length + 1)}
 
 
 lengths_strategy = st.lists(
@@ -93,35 +102,45 @@ lengths_strategy = st.lists(
 rows_strategy = st.sampled_from([32, 64, 96, 128, 256])
 
 
-@given(lengths_strategy, rows_strategy, st.integers(1, 100))
+handed_strategy = st.integers(0, 255)  # a bit for each document: whether it is handed on
+
+
+def numbered(lengths: list[int], handed: int) -> dict[int, int]:
+    """{doc: length}, documents in order, those with a bit in `handed` from HANDED on."""
+    return {doc + HANDED * (handed >> doc & 1): length for doc, length in enumerate(lengths)}
+
+
+@given(lengths_strategy, handed_strategy, rows_strategy, st.integers(1, 100))
 @settings(deadline=None, max_examples=150)
-def test_documents_survive(lengths: list[int], rows: int, block: int) -> None:
-    events = [event for doc, length in enumerate(lengths) for event in events_of(doc, length, block)]
+def test_documents_survive(lengths: list[int], handed: int, rows: int, block: int) -> None:
+    documents = numbered(lengths, handed)
+    events = [event for doc, length in documents.items() for event in events_of(doc, length, block)]
     chunks = list(chunks_of(events, rows))
     check_layout(chunks, rows)
-    assert collect(chunks) == {doc: expected(doc, length) for doc, length in enumerate(lengths)}
+    assert collect(chunks) == {doc: expected(doc, length) for doc, length in documents.items()}
     ended = [document for chunk in chunks for document in chunk.ended]
-    assert ended == [(doc, 3 * length, length, None) for doc, length in enumerate(lengths)]
-    used = sum(-(-(length + 1) // 32) for length in lengths)
+    assert ended == [(doc, 3 * length, length, None, b"") for doc, length in documents.items()]
+    used = sum(max(-(-(length + (doc < HANDED)) // 32), 1) for doc, length in documents.items())
     assert len(chunks) == -(-used * 32 // rows)  # nothing is wasted
 
 
-@given(lengths_strategy, rows_strategy, rows_strategy, st.integers(1, 100), st.integers(0, 30))
+@given(lengths_strategy, handed_strategy, rows_strategy, rows_strategy, st.integers(1, 100), st.integers(0, 30))
 @settings(deadline=None, max_examples=150)
-def test_cut_and_resume(lengths: list[int], rows: int, rows_later: int, block: int, keep: int) -> None:
+def test_cut_and_resume(lengths: list[int], handed: int, rows: int, rows_later: int, block: int, keep: int) -> None:
     """Stop after any chunk, go on with what is left, in chunks of another size too: every row as without a stop."""
-    events = [event for doc, length in enumerate(lengths) for event in events_of(doc, length, block)]
+    documents = numbered(lengths, handed)
+    events = [event for doc, length in documents.items() for event in events_of(doc, length, block)]
     before = list(chunks_of(events, rows))[:keep]
     flight = before[-1].in_flight if before else None
     done = {ended.doc for chunk in before for ended in chunk.ended}
     rest: list[Event] = []
     if flight is not None:
-        assert flight.position % 32 == 0
+        assert flight.position % 32 == (flight.doc >= HANDED)
         assert flight.cursor == TokenCursor(3 * flight.cursor.tokens_before, flight.cursor.tokens_before)
         assert flight.cursor.tokens_before <= flight.position - 1 < flight.cursor.tokens_before + block
         start, position = flight.cursor.tokens_before, flight.position
-        rest += events_of(flight.doc, lengths[flight.doc], block, start, position)
-    for doc, length in enumerate(lengths):
+        rest += events_of(flight.doc, documents[flight.doc], block, start, position)
+    for doc, length in documents.items():
         if doc not in done and (flight is None or doc != flight.doc):
             rest += events_of(doc, length, block)
     after = list(chunks_of(rest, rows_later))
@@ -133,7 +152,7 @@ def test_cut_and_resume(lengths: list[int], rows: int, rows_later: int, block: i
     for doc, positions in collect(after).items():
         assert not both.get(doc, {}).keys() & positions.keys()
         both.setdefault(doc, {}).update(positions)
-    assert both == {doc: expected(doc, length) for doc, length in enumerate(lengths)}
+    assert both == {doc: expected(doc, length) for doc, length in documents.items()}
 
 
 @given(lengths_strategy, rows_strategy, st.integers(1, 100), st.integers(0, 200))
@@ -162,7 +181,7 @@ def test_broken_document_leaves_the_others_alone(lengths: list[int], rows: int, 
     marks = [segment[FLAGS] for chunk in chunks for segment in chunk.segments if segment[DOC] == 91]
     if after:
         assert builder.failed == []
-        assert ended[91] == (91, 0, 0, "cut off")
+        assert ended[91] == (91, 0, 0, "cut off", b"")
         assert marks[-1] & FAILED
         assert not any(mark & ENDS for mark in marks[:-1])
     else:  # nothing was laid of it
@@ -215,6 +234,8 @@ def test_wrong_use_is_refused() -> None:
     builder = ChunkBuilder(64)
     with pytest.raises(ValueError, match="position 33"):
         builder.push(Begin(0, 33))
+    with pytest.raises(ValueError, match="32: no one more"):
+        builder.push(Begin(0, 32, handed_on=True))
     builder.push(Begin(0))
     with pytest.raises(ValueError, match="inside"):
         builder.push(Begin(1))

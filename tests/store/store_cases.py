@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def state_of(doc: int, layer: int, position: int = -1) -> tuple[np.ndarray, np.n
     return wkv, (wkv.reshape(-1)[: 2 * WIDTH] * 2).reshape(2, WIDTH)
 
 
+def last_of(doc: int) -> np.ndarray:
+    return np.cos(np.arange(WIDTH, dtype=np.float32) + doc).astype(np.float32)
+
+
+def sha256_of(doc: int) -> bytes:
+    return sha256(f"text {doc}".encode()).digest()
+
+
 def new_run(path: Path) -> RunFolder:
     run = RunFolder(path)
     run.create()
@@ -71,7 +80,9 @@ def results_of(run: RunFolder, commit: Commit, task: str = "score", **changed: o
     return write_results(run, commit, documents, task=task, **{**facts, **shape, **changed})  # type: ignore[arg-type]
 
 
-def simple_run(path: Path, lengths: Sequence[int], task: str = "score", failed: Sequence[int] = ()) -> RunFolder:
+def simple_run(
+    path: Path, lengths: Sequence[int], task: str = "score", failed: Sequence[int] = (), **changed: object
+) -> RunFolder:
     """A finished run of one rank that read the documents one after the other; results.h5 is written."""
     run = new_run(path)
     builder = ShardBuilder(run.shards, 1, 0)
@@ -86,6 +97,7 @@ def simple_run(path: Path, lengths: Sequence[int], task: str = "score", failed: 
         if task == "read":
             for layer in range(LAYERS):
                 builder.add_state(doc, layer, *state_of(doc, layer))
-        builder.add_document(doc, 2 * count, count, True)
-    results_of(run, final_commit(builder.flush(), len(lengths)), task)
+            builder.add_output(doc, last_of(doc))
+        builder.add_document(doc, 2 * count, count, True, sha256=sha256_of(doc) if task == "read" else b"")
+    results_of(run, final_commit(builder.flush(), len(lengths)), task, **changed)
     return run

@@ -18,9 +18,11 @@ from store_cases import (
     entries,
     final_commit,
     ids_of,
+    last_of,
     logprobs_of,
     new_run,
     results_of,
+    sha256_of,
     simple_run,
     state_of,
     vector_of,
@@ -83,7 +85,11 @@ def test_any_arrangement_of_the_parts_gives_the_same_results(
                     builder.add_embedding(doc, 0, 0, LENGTHS[doc], vector_of(doc, 0))
                 for layer in range(LAYERS) if task == "read" else ():
                     builders[1 + layer % 3, layer % 2].add_state(doc, layer, *state_of(doc, layer))
-                builder.add_document(doc, 2 * LENGTHS[doc], LENGTHS[doc], ok, "" if ok else "document 4 is broken")
+                if task == "read":
+                    builders[1 + doc % 3, 2].add_output(doc, last_of(doc))
+                text = sha256_of(doc) if task == "read" and ok else b""
+                error = "" if ok else "document 4 is broken"
+                builder.add_document(doc, 2 * LENGTHS[doc], LENGTHS[doc], ok, error, text)
             for builder in builders.values():
                 refs.update({ref.slot: ref for ref in builder.flush()})
             assert results_of(run, final_commit(refs.values(), len(LENGTHS)), task) == digest
@@ -174,6 +180,7 @@ def broken(tmp_path: Path, task: str, *parts: tuple) -> str:
         ),
         ("read", [(0, n, 0) for n in (0, 1, 1, 2)], "document 0: the state of layer 1 was recorded more than once"),
         ("read", [(0, n, 0) for n in (0, 1, 2, 3)], "document 0: a state of a layer outside 0..2"),
+        ("read", [(n // 3, n % 3, 0) for n in range(6)], "document 0: the output after its last token is missing"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(tmp_path: Path, task: str, parts: list[tuple], complaint: str) -> None:
