@@ -3,20 +3,26 @@
 #
 #     scripts/test.sh
 #     scripts/test.sh tests/store -k resume
-#     scripts/test.sh -m thorough              the CUDA kernels under sanitizers, which the run of all leaves out
+#     scripts/test.sh -m thorough              the CUDA kernels compiled for all GPUs and under sanitizers; the run of
+#                                              all compiles them for one (RWKVMPI_CUDA_ARCHITECTURES names others)
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 set_up mpi test
 
-if [ $# -gt 0 ]; then
+if [ "$*" = "-m thorough" ]; then
+    say "the kernels for all GPUs"
+    RWKVMPI_CUDA=auto python setup.py --quiet build_ext --inplace
+    python -m pytest -q tests/cuda/test_build.py
+    exec python -m pytest -m thorough
+elif [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
 say "the kernels for GPUs, in the background"
 mkdir -p build
-RWKVMPI_CUDA=auto nice -n 19 python setup.py --quiet build_ext --inplace >build/cuda.log 2>&1 &
+RWKVMPI_CUDA=auto RWKVMPI_CUDA_ARCHITECTURES=${RWKVMPI_CUDA_ARCHITECTURES:-90a} nice -n 19 python setup.py --quiet build_ext --inplace >build/cuda.log 2>&1 &
 kernels=$!
 trap 'kill $kernels 2>/dev/null || true' EXIT
 say "ruff"
@@ -32,5 +38,7 @@ wait $kernels || true
 tail -n 20 build/cuda.log
 python -m pytest -q tests/cuda/test_build.py
 say "tests that start ranks"
-python -m pytest -q -m parallel
+python -m pytest -q -m "parallel and not thorough"
+say "RDMA in the RoCE laboratory"
+scripts/roce_tests.sh -t 300 -m "not thorough" || { code=$? && [ "$code" = 126 ]; } || exit "$code" # 126: it cannot be had here
 say "all passed"
