@@ -108,7 +108,8 @@ class Trials:
         ranks = grid[0] * grid[1] * grid[2]
         if ranks > 1:
             command = [mpirun(), "-n", str(ranks), *command]
-        environment = {**os.environ, **ENVIRONMENT, MARK: mark}
+        # temporary files of its own: what a killed mpirun leaves behind stops a later one with its process id
+        environment = {**os.environ, **ENVIRONMENT, MARK: mark, "TMPDIR": tempfile.mkdtemp(dir=self.model.parent)}
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def disturb(self, run: Path, duration: float) -> bool:

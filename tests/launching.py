@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -13,6 +15,10 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMP_NUM_THREADS": "1",
 }
+
+
+_TEMPORARY = tempfile.mkdtemp(prefix="rwkvmpi-")
+atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
 def mpirun() -> str | None:
@@ -32,4 +38,6 @@ def command(ranks: int, *arguments: object) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, **ENVIRONMENT, **extra}
+    """For one start. Each has temporary files of its own: what a killed mpirun leaves behind stops a later one that
+    happens to get its process id ("The PMIx server's listener thread failed to start")."""
+    return {**os.environ, **ENVIRONMENT, "TMPDIR": tempfile.mkdtemp(dir=_TEMPORARY), **extra}

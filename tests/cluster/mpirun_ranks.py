@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import launching
+
 import rwkvmpi
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -17,13 +19,7 @@ MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}
 
 def environment() -> dict[str, str]:
     """For ranks on any machine: as root, more ranks than cores, and with the package that is under test."""
-    return os.environ | {
-        "PYTHONPATH": str(Path(rwkvmpi.__file__).parents[1]),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMP_NUM_THREADS": "1",
-    }
+    return launching.environment(PYTHONPATH=str(Path(rwkvmpi.__file__).parents[1]))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
