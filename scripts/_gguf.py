@@ -25,7 +25,7 @@ def main() -> int:
     try:
         import torch
 
-        weights = torch.load(spec["model"], map_location="cpu")
+        weights = torch.load(spec["model"], map_location="cpu", weights_only=True)
         for label, output in spec["outputs"].items():
             write(weights, spec["version"], label, Path(output))
         result = {"version": importlib.metadata.version("gguf")}

@@ -155,7 +155,7 @@ def measure_transformers(spec: Spec) -> dict[str, Any]:
     from transformers import RwkvConfig, RwkvForCausalLM
 
     torch_threads(spec)
-    weights = torch.load(spec["model"], map_location="cpu")
+    weights = torch.load(spec["model"], map_location="cpu", weights_only=True)
     words, channels = weights["emb.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     width = weights["blocks.0.ffn.key.weight"].shape[0]

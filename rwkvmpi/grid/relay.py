@@ -87,6 +87,7 @@ class Relay:
         """Everything sent has left; what is still posted is withdrawn."""
         for sender in self._senders:
             sender.flush()
+            sender.close()
         for receiver in self._receivers:
             receiver.close()
 

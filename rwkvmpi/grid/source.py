@@ -110,6 +110,7 @@ class Source:
         for sender in self._slots:
             if sender is not None:
                 sender.flush()
+                sender.close()
         self._feeder.close()
 
     # --- documents in

@@ -286,6 +286,7 @@ class Wavefront:
             out.copy_head(frame)
             self._below.send(frame.index, 0)
             self._below.flush()
+            self._below.close()
         self._supply.release()
         self._supply.close()
         self._relay.close()
