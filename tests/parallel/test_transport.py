@@ -13,6 +13,7 @@ import psutil
 import pytest
 from launching import command, environment
 
+from rwkvmpi.cluster import rdma
 from rwkvmpi.store.digest import content_digest
 
 pytestmark = pytest.mark.parallel
@@ -40,6 +41,25 @@ def test_no_message_passes_for_the_one_that_is_due():
         assert words in outcomes[name], outcomes[name]
         for part in ("rank 1 on", "its neighbour rank 0 on", "the state of layer 3", "doctor --fabric", "last commit"):
             assert part in outcomes[name], (part, outcomes[name])
+
+
+def test_ranks_on_several_nodes_choose_and_mix_transports():
+    program = Path(__file__).with_name("several_nodes_program.py")
+    path = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*command(3)[:3], sys.executable, str(program)],
+        capture_output=True, text=True, env=environment(PYTHONPATH=path), check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (auto, mpi, ucx), neighbours = json.loads(done.stdout)
+    if rdma.ports():
+        assert "RDMA verbs" in auto
+    else:
+        assert auto.startswith("MPI on host memory (no RDMA verbs: ")
+        assert auto.endswith(" on one)")
+    assert mpi == "MPI on host memory (--transport mpi)"
+    assert "OMPI_MCA_pml=ucx" in ucx
+    assert neighbours == [[1, 1], [1, 1], [0, 2]]  # of each rank: on its node, on the other
 
 
 def test_a_neighbour_that_falls_silent_ends_the_job_in_time_and_nothing_is_lost(
