@@ -103,6 +103,8 @@ def _summary(preparation: Preparation, outcome: Outcome, failed: int, logger: lo
     beside = f", {on_gpu / 1e6:,.0f} MB of its GPU" if on_gpu else ""
     say("memory       %s MB in the largest rank%s", f"{peak / 1e6:,.0f}", beside)
     say("results      %s", path)
+    if preparation.job.run.trace:
+        say("trace        rwkvmpi export %s --to trace", preparation.run.path)
     say("open them    python -c \"import h5py; print(h5py.File('%s')['documents/bits_per_byte'][:])\"", path)
     say("             rwkvmpi export %s --to jsonl", preparation.run.path)
 

@@ -52,12 +52,19 @@ class ModelSection(_Section):
 
 class InputSection(_Section):
     """The documents: files, folders and globs, and the keys of records. from_run: the finished `read` run from whose
-    states they go on."""
+    states they go on. shard: "3/16" for the third of sixteen parts of them."""
 
     paths: list[str] = Field(default_factory=list)
     text_key: str = "text"
     id_key: str = "id"
     from_run: str = ""
+    shard: str = ""
+
+    @field_validator("shard")
+    @classmethod
+    def _shard(cls, value: str) -> str:
+        parse_shard(value)
+        return value
 
 
 class TaskSection(_Section):
@@ -80,12 +87,14 @@ class GridSection(_Section):
 
 
 class RunSection(_Section):
-    """Commits, limits and what a bad document does to the job."""
+    """Commits, limits, what a bad document does to the job, and what can be seen of it while it runs."""
 
     commit_every: str = "60"
     max_time: str = ""
     on_error: Literal["record", "stop"] = "record"
     threads: int = Field(default=0, ge=0)
+    telemetry: Literal["on", "files", "off"] = "on"
+    trace: bool = False
 
     @field_validator("commit_every", mode="before")
     @classmethod
@@ -119,6 +128,16 @@ def parse_commit_every(text: str) -> tuple[float, int]:
             raise ValueError(f"{text!r}: a number of chunks is whole")
         return float("inf"), int(number)
     return number * (60 if unit == "m" else 1), 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """'3/16' -> (3, 16), the third of sixteen parts; '' -> (1, 1), everything. ValueError says what is allowed."""
+    if not text:
+        return 1, 1
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{text!r} is no part of a whole: write i/n with i from 1 to n, for instance 3/16")
+    return int(match[1]), int(match[2])
 
 
 def explain(error: ValidationError, where: str) -> UserError:

@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 
+from rwkvmpi import telemetry
 from rwkvmpi.cluster import logs, pinning, shared_weights
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.cluster.signals import StopRequest
 from rwkvmpi.config import Job, parse_commit_every
 from rwkvmpi.corpus.feeder import Feeder
-from rwkvmpi.errors import UserError
+from rwkvmpi.errors import FabricError, UserError
+from rwkvmpi.grid.activity import WRITER, Activity
 from rwkvmpi.grid.choose import choose_transport
 from rwkvmpi.grid.control import COORDINATOR, Control
 from rwkvmpi.grid.coordinator import Coordinator
 from rwkvmpi.grid.layout import Grid, split_layers
 from rwkvmpi.grid.ledger import RankLedger
+from rwkvmpi.grid.pulse import compare_clocks
 from rwkvmpi.grid.source import CommitClock, Source
 from rwkvmpi.grid.transport import Terms, Transport
 from rwkvmpi.grid.wavefront import Wavefront
@@ -38,11 +41,13 @@ from rwkvmpi.models.model import Stage
 from rwkvmpi.models.weight_store import WeightStore
 from rwkvmpi.ops import library
 from rwkvmpi.prepare import Preparation
+from rwkvmpi.progress_report import ProgressReport
 from rwkvmpi.store.handoff import HandedStates
 from rwkvmpi.store.progress import SavedStates
 from rwkvmpi.store.run_folder import RunFolder
 from rwkvmpi.store.shards import ShardWriter
 from rwkvmpi.tasks import make_task
+from rwkvmpi.telemetry.trace import TraceRecorder
 
 PROGRESS_EVERY_S = 1.0
 M_ARENA_MAX = -8  # mallopt's number for it in glibc's malloc.h
@@ -69,6 +74,7 @@ class Engine:
         self._job = job = Job.model_validate(shared["job"])
         self._grid = grid = Grid(*shared["grid"])
         self._names = shared["names"]
+        self._attempt = shared["attempt"]
         self._preparation = preparation
         self._stop = StopRequest(folder if self._rank == 0 else None, job.run.max_time).install()
         self._stop_told = False
@@ -77,6 +83,8 @@ class Engine:
         self._device = open_device(job.model.device, launch_facts().local_rank)
         self._check_processors()
         place = grid.place(self._rank)
+        self._recorder = self._make_recorder(folder) if job.run.trace else None
+        self._activity = Activity(self._recorder)
         with open_checkpoint(job.model.path) as checkpoint:
             shape = checkpoint.shape
             self._task = task = make_task(job.task.name, job.task.window, shape.n_embd)
@@ -94,7 +102,10 @@ class Engine:
         self._source = (
             self._make_source(transport, shape.vocab_size, folder) if place.stage == place.slot == 0 else None
         )
-        self._writer = ShardWriter(RunFolder(folder).shards, shared["attempt"], self._rank)
+        self._writer = ShardWriter(RunFolder(folder).shards, self._attempt, self._rank)
+        self._writer.on_written = lambda begun, ended, nbytes: self._activity.record(
+            WRITER, "writes a shard", begun, ended, nbytes
+        )
         self._ledger = RankLedger(self._writer, control, place.replica, self._source)
         if self._source is not None:
             supply: Any = self._source
@@ -115,8 +126,11 @@ class Engine:
             chunk_size=job.model.chunk,
             poll=control.poll,
             name_of=self._name_of,
+            activity=self._activity,
         )
         self._told_at = 0.0
+        self._folder = folder
+        self._report: ProgressReport | None = None
         control.on_poll += [self._wavefront.serve, self._tick]
         if transport is not None:
             transport.connect()
@@ -125,8 +139,17 @@ class Engine:
 
     def run(self) -> Outcome | None:
         """Read everything, or until somebody asks to stop. Returns the Outcome on rank 0, None elsewhere."""
-        with self._progress_bar(), self._pinned, self._device.explaining():
+        with (
+            self._progress_bar(),
+            self._pinned,
+            self._device.explaining(),
+            contextlib.closing(
+                telemetry.begin(self._comm, self._folder, self._facts, self._job.run.telemetry, self._attempt)
+            ),
+        ):
+            self._activity.phase = "reading"
             self._wavefront.run()
+            self._activity.phase = "closing"
             self._farewell()
             if self._coordinator is not None:
                 while not self._coordinator.all_gone:
@@ -134,11 +157,15 @@ class Engine:
                     time.sleep(1e-4)
             if self._transport is not None:
                 self._transport.close()
+            self._activity.phase = "done"
         self._control.flush()
         self._stop.restore()
+        if self._coordinator is not None:
+            self._coordinator.save_now()
+        if self._recorder is not None:
+            self._recorder.close()
         if self._coordinator is None:
             return None
-        self._coordinator.save_now()
         tokens, _ = self._coordinator.progress
         return Outcome(
             self._coordinator.stop_reason,
@@ -159,11 +186,24 @@ class Engine:
         """The way to the neighbours."""
         job, comm = self._job, self._comm.Dup()
         number = comm.bcast(secrets.randbits(62) if self._rank == 0 else None)
-        terms = Terms(number, self._control.poll, self._device.pin, job.grid.deadline)
+        terms = Terms(number, self._control.poll, self._device.pin, job.grid.deadline, activity=self._activity)
         transport, self._why = choose_transport(
             comm, self._grid, job.grid.transport, job.grid.checksum, self._device, terms, folder
         )
         return transport
+
+    def _make_recorder(self, folder: Path) -> TraceRecorder:
+        """The trace of this rank, with its clock against rank 0's. Collective."""
+        clock, wall = 0, time.time_ns() - time.monotonic_ns()
+        if self._comm is not None:
+            wall = self._comm.bcast(wall)
+            peers = list(range(1, self._comm.size)) if self._rank == 0 else [0]
+            try:
+                clock = compare_clocks(self._comm, peers, self._job.grid.deadline).get(0, 0)
+            except TimeoutError as error:
+                raise FabricError(f"rank {error.args[0]} did not tell its clock in time for --trace") from None
+        about = {**asdict(self._grid.place(self._rank)), "host": platform.node()}
+        return TraceRecorder(folder, self._attempt, self._rank, about, clock, wall)
 
     def _check_processors(self) -> None:
         """Ranks that round differently would break the promise that the layout does not show in the bits."""
@@ -230,6 +270,7 @@ class Engine:
             reference=lambda doc: asdict(preparation.reference(doc)),
             on_failed=on_failed,
             stop_on_error=self._job.run.on_error == "stop",
+            activity=self._activity,
         )
 
     def _make_source(self, transport: Transport | None, vocab_size: int, folder: Path) -> Source:
@@ -242,6 +283,7 @@ class Engine:
             chunk_size=job.model.chunk,
             clock=CommitClock(*parse_commit_every(job.run.commit_every)),
             stop_on_error=job.run.on_error == "stop",
+            activity=self._activity,
         )
 
     def _tick(self) -> None:
@@ -254,6 +296,8 @@ class Engine:
         if now - self._told_at >= PROGRESS_EVERY_S:
             self._told_at = now
             self._tell_progress()
+            if self._recorder is not None:
+                self._recorder.flush()
         if self._coordinator is not None:
             self._coordinator.tick()
 
@@ -263,15 +307,38 @@ class Engine:
             self._control.send(COORDINATOR, "progress", tokens=counters.tokens, documents=counters.documents)
 
     def _progress_bar(self) -> Any:
-        from contextlib import nullcontext
-
         if self._coordinator is None or self._preparation is None:
-            return nullcontext()
-        from rwkvmpi.progress_report import ProgressReport
+            return contextlib.nullcontext()
+        self._report = ProgressReport(self._preparation, self._coordinator)
+        self._control.on_poll.append(self._report.tick)
+        return self._report
 
-        report = ProgressReport(self._preparation, self._coordinator)
-        self._control.on_poll.append(report.tick)
-        return report
+    def _facts(self) -> dict[str, Any]:
+        """What telemetry shows of this rank; called in a thread of its own, so nothing here may wait or compute."""
+        activity, counters = self._activity, self._wavefront.counters
+        waiting, waits = activity.waiting, self._wavefront.waits
+        reading_s = counters.reading_s or (time.perf_counter() - counters.begun if counters.begun else 0.0)
+        facts: dict[str, Any] = {
+            **asdict(self._grid.place(self._rank)),
+            "attempt": self._attempt,
+            "phase": activity.phase,
+            "chunk": activity.chunk,
+            "chunks": counters.chunks,
+            "tokens": counters.tokens if self._stage.last else counters.chunks * self._job.model.chunk,
+            "busy_s": counters.busy_s if self._device.at_once else reading_s - sum(waits.values()),
+            "reading_s": reading_s,
+            "waits": waits,
+            "neighbours": {str(rank): seconds for rank, seconds in activity.waited_s.copy().items()},
+            "waiting": None,
+            "device_bytes": self._device.peak_bytes(),
+            "commit": activity.commit,
+        }
+        if waiting is not None:
+            since = (time.monotonic_ns() - waiting.since_ns) / 1e9
+            facts["waiting"] = {"rank": waiting.rank, "what": waiting.what, "since_s": since}
+        if self._report is not None:
+            facts["job"] = self._report.facts()
+        return facts
 
     def _name_of(self, doc: int) -> str:
         return f"document {self._names[doc]!r}" if self._names is not None else f"document number {doc}"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkvmpi.config import AUTO_CHUNK, make_job
+from rwkvmpi.config import AUTO_CHUNK, make_job, parse_shard
 from rwkvmpi.corpus.counting import count_tokens
-from rwkvmpi.corpus.index import build_index
+from rwkvmpi.corpus.part import find_documents
 from rwkvmpi.corpus.tokenizers import load_tokenizer
 from rwkvmpi.errors import UserError
 from rwkvmpi.grid.figures import choose_chunk, load_machine
@@ -33,8 +33,10 @@ def make_plan(
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain values; `progress` is told how far counting tokens has come. UserError for bad input."""
+    corpus = {key: options[key] for key in ("text_key", "id_key", "shard") if options.get(key) is not None}
     sections = {"path": model, **{key: options[key] for key in KEEP if options.get(key) is not None}}
-    job = make_job({"model": sections, "input": {"paths": inputs or ["-"]}, "task": {"name": task}}, "rwkvmpi plan")
+    corpus["paths"] = inputs or ["-"]
+    job = make_job({"model": sections, "input": corpus, "task": {"name": task}}, "rwkvmpi plan")
     # What is planned here may run elsewhere: without being told, on CPUs.
     device = "cuda" if job.model.device == "cuda" else "cpu"
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if job.model.dtype == "auto" else job.model.dtype
@@ -46,7 +48,7 @@ def make_plan(
     tokenizer = load_tokenizer(job.model.tokenizer, shape.vocab_size) if inputs else None
     tokens, failed = np.array([1_000_000]), 0
     if tokenizer is not None:
-        index = build_index(inputs, options.get("text_key") or "text", options.get("id_key") or "id")
+        index = find_documents(inputs, job.input.text_key, job.input.id_key, *parse_shard(job.input.shard))
         tokens = np.zeros(len(index), dtype=np.int64)
         for count in count_tokens(index, tokenizer):
             failed += count.error is not None

@@ -3,7 +3,6 @@ go on, and on which grid."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -17,8 +16,9 @@ from pydantic import ValidationError
 from rwkvmpi import __version__
 from rwkvmpi.cluster import gpu
 from rwkvmpi.cluster.logs import LOGGER
-from rwkvmpi.config import AUTO_CHUNK, Job, explain
-from rwkvmpi.corpus.index import CorpusIndex, DocumentRef, build_index, compare_fingerprints, order
+from rwkvmpi.config import AUTO_CHUNK, Job, explain, parse_shard
+from rwkvmpi.corpus.index import CorpusIndex, DocumentRef, order
+from rwkvmpi.corpus.part import CorpusPart, find_documents
 from rwkvmpi.corpus.tokenizers import load_tokenizer
 from rwkvmpi.errors import UserError
 from rwkvmpi.grid.figures import Choice, choose_chunk, load_machine
@@ -29,8 +29,9 @@ from rwkvmpi.models import cost
 from rwkvmpi.models.checkpoint import open_checkpoint
 from rwkvmpi.models.schema import ModelShape
 from rwkvmpi.store.commits import load_last_commit, remove_unlisted
-from rwkvmpi.store.files import dump_json, read_json, write_durably
+from rwkvmpi.store.files import write_durably
 from rwkvmpi.store.handoff import Handoff, take_over
+from rwkvmpi.store.identity import check_identity, clear, identity_path, read_identity, sha256_of, write_identity
 from rwkvmpi.store.ledger import Ledger
 from rwkvmpi.store.progress import Progress
 from rwkvmpi.store.run_folder import RunFolder
@@ -45,7 +46,7 @@ class Examined:
 
     job: Job
     shape: ModelShape
-    index: CorpusIndex
+    index: CorpusIndex | CorpusPart
     tokenizer: str
     identity: dict[str, Any]
     handed: Handoff | None = None
@@ -63,7 +64,7 @@ class Preparation:
 
     run: RunFolder
     job: Job
-    index: CorpusIndex
+    index: CorpusIndex | CorpusPart
     shape: ModelShape
     grid: Grid
     identity: dict[str, Any]
@@ -109,7 +110,10 @@ def examine(job: Job, folder: Path, threads: int, force: bool) -> Examined:
     if job.model.chunk == AUTO_CHUNK:
         resolve_chunk(job, shape, None if force else folder, threads)
     tokenizer = load_tokenizer(job.model.tokenizer, shape.vocab_size)
-    index = build_index(job.input.paths, job.input.text_key, job.input.id_key)
+    index = find_documents(job.input.paths, job.input.text_key, job.input.id_key, *parse_shard(job.input.shard))
+    part = index if isinstance(index, CorpusPart) else None
+    if part is not None:
+        logging.getLogger(LOGGER).info("%s", part.summary())
     identity: dict[str, Any] = {
         "task": job.task.name,
         "window": job.task.window,
@@ -121,13 +125,17 @@ def examine(job: Job, folder: Path, threads: int, force: bool) -> Examined:
         "text_key": job.input.text_key,
         "id_key": job.input.id_key,
         "input": [list(entry) for entry in index.fingerprint()],
+        "shard": [part.number, part.parts] if part is not None else None,
+        "documents": [part.first, part.stop, len(part.whole)] if part is not None else None,
     }
     handed = go_on_from(job, shape, index, identity, folder) if job.input.from_run else None
     identity["from"] = handed.content_sha256 if handed is not None else None
     return Examined(job, shape, index, tokenizer.name, identity, handed)
 
 
-def go_on_from(job: Job, shape: ModelShape, index: CorpusIndex, identity: dict[str, Any], folder: Path) -> Handoff:
+def go_on_from(
+    job: Job, shape: ModelShape, index: CorpusIndex | CorpusPart, identity: dict[str, Any], folder: Path
+) -> Handoff:
     """Check the run of --from, and find the documents that go on from it. UserError when it cannot be used."""
     from rwkvmpi.models.state import wkv_shape  # brings torch along
 
@@ -142,7 +150,7 @@ def go_on_from(job: Job, shape: ModelShape, index: CorpusIndex, identity: dict[s
         count=len(index),
         id_of=index.id,
     )
-    logging.getLogger(LOGGER).info("%s", handed.summary())
+    logging.getLogger(LOGGER).info("%s", handed.summary(everything=not isinstance(index, CorpusPart)))
     return handed
 
 
@@ -171,7 +179,7 @@ def prepare(
         remove_unlisted(run)
         progress = Progress(run, commit) if commit is not None else None
         grid = choose(examined, progress, world, threads, memory_per_rank)
-        write_durably(identity_path(run), dump_json(identity))
+        write_identity(run, identity)
         job.grid.stages, job.grid.ring, job.grid.replicas = grid.stages, grid.ring, grid.replicas
         job.run.threads = threads
         write_durably(run.job_toml, job.to_toml().encode())
@@ -214,8 +222,8 @@ def resolve(job: Job) -> None:
 def resolve_chunk(job: Job, shape: ModelShape, folder: Path | None, threads: int) -> None:
     """Put the chunk that --chunk auto stands for in its place: that of the run begun in `folder`, whatever was measured
     since; else the one that was fastest here. Says so, with the reason."""
-    path = identity_path(RunFolder(folder)) if folder is not None else None
-    begun = read_json(path) if path is not None else None
+    run = RunFolder(folder) if folder is not None else None
+    begun = read_identity(run) if run is not None else None
     if begun is not None and isinstance(begun.get("chunk"), int):
         choice = Choice(begun["chunk"], "as this run was begun")
     else:
@@ -223,41 +231,8 @@ def resolve_chunk(job: Job, shape: ModelShape, folder: Path | None, threads: int
     try:
         job.model.chunk = choice.chunk
     except ValidationError as error:
-        raise explain(error, str(path)) from None
+        raise explain(error, str(run and identity_path(run))) from None
     logging.getLogger(LOGGER).info("--chunk auto is %s: %s", f"{choice.chunk:,}", choice.reason)
-
-
-def check_identity(run: RunFolder, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a job whose results would be others than those that lie in the run folder."""
-    old = read_json(identity_path(run))
-    if old is None:
-        return  # killed before anything was computed
-    way_out = f"give another run folder, or --force to throw away what {run.path} holds"
-    for key, value in identity.items():
-        before = old.get(key)
-        if key == "input":
-            difference = compare_fingerprints(before or [], value)
-            if difference is not None:
-                raise UserError(f"{run.path}: this run was started with other input: {difference}; {way_out}")
-        elif before != value:
-            what = {"model": "model (its SHA-256)", "from": "--from (the digest of its results)"}.get(key, key)
-            raise UserError(f"{run.path}: this run was started with {what} = {before}, now it is {value}; {way_out}")
-
-
-def identity_path(run: RunFolder) -> Path:
-    """Where the settings and fingerprints lie that decide what a run's results are."""
-    return run.path / "identity.json"
-
-
-def sha256_of(identity: dict[str, Any]) -> str:
-    """The identity in one number."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def clear(run: RunFolder) -> None:
-    """--force: remove results, commits and shards of the job that was here before; the lock is held."""
-    for path in [run.success, run.results, identity_path(run), run.job_toml, *run.commit_paths(), *run.shard_paths()]:
-        path.unlink(missing_ok=True)
 
 
 def provenance(argv: list[str], library: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python scripts/bench_grid.py --json figures.json              everything (about half an hour on two cores)
     python scripts/bench_grid.py speedup --tokens 16384            P=2 and S=2 on two ranks against one rank
     python scripts/bench_grid.py commits --tokens 65536            commits every 10 s against none
+    python scripts/bench_grid.py watched --tokens 24576           telemetry, a watcher and a trace against neither
     python scripts/bench_grid.py length                            one document of 10 MB against one of 200 KB
     python scripts/bench_grid.py counting                          `plan` tokenises a file of 1 GB in one document
     python scripts/bench_grid.py start                             --help, and mpirun -n 2 to the first chunk
@@ -31,12 +32,13 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMP_NUM_THREADS": "1",
 }
+EVENT_BYTES = 48  # of a trace, see rwkvmpi/telemetry/trace.py
 LAYOUTS = {"1 rank": (1, []), "P=2": (2, ["--stages", "2"]), "S=2": (2, ["--ring", "2"])}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["speedup", "commits", "length", "counting", "start"])
+    parser.add_argument("what", nargs="*", default=list(MEASUREMENTS))
     parser.add_argument("--tokens", type=int, default=16_384, help="length of the document of speedup and commits")
     parser.add_argument("--size", default="0.1B", help="shape of the RWKV-7 of speedup and commits")
     parser.add_argument("--dtype", default="float32")
@@ -88,6 +90,55 @@ def commits(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     cost = 1 - statistics.median(rates["10"]) / statistics.median(rates["100000"])
     print(f"commits every 10 s cost {cost:.2%}")
     return {"tokens_per_second": rates, "cost": cost}
+
+
+def watched(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What telemetry, somebody who watches and a trace cost a ring of two.
+
+    Rates of whole runs differ by more than these cost; so beside the ratios of runs that follow each other, what is
+    known of the parts: processor time of the sampling threads, and the number of events times what adding one takes.
+    """
+    model, text = shaped_model(folder, arguments.size), random_words(folder / "words.txt", 4 * arguments.tokens)
+    kinds = {"off": ["--telemetry", "off"], "on": [], "watched": [], "trace": ["--telemetry", "off", "--trace"]}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    sampling, tracing = [], []
+    add_s = seconds_per_event(folder)
+    for repeat in range(arguments.repeats):
+        for kind, options in kinds.items():
+            run = folder / f"watched-{kind}-{repeat}"
+            watcher = watch(run) if kind == "watched" else None
+            facts = score(2, model, text, run, "--ring", "2", "--dtype", arguments.dtype, *options)
+            if watcher is not None:
+                watcher.wait(30)
+            rates[kind].append(facts["tokens_per_second"])
+            print(f"{kind:8} {facts['tokens_per_second']:10,.1f} tokens/s over {facts['seconds']:.1f} s", flush=True)
+            samples = [json.loads(file.read_text()) for file in (run / "logs/telemetry").glob("rank_*.json")]
+            sampling += [sample["sampling_s"] / sample["reading_s"] for sample in samples]
+            if kind == "trace":
+                sizes = [file.stat().st_size / EVENT_BYTES for file in (run / "trace").glob("*.events")]
+                tracing += [size * add_s / facts["seconds"] for size in sizes]
+    ratios = {kind: [rate / off for rate, off in zip(rates[kind], rates["off"], strict=True)] for kind in kinds}
+    for kind in ("on", "watched", "trace"):
+        print(f"{kind:8} {statistics.median(ratios[kind]):.4f} of the rate without, median; all: {ratios[kind]}")
+    parts = {"sampling": max(sampling), "tracing": max(tracing)}
+    print(f"the sampling thread takes {parts['sampling']:.3%} of a rank's time, adding events {parts['tracing']:.3%}")
+    return {"tokens_per_second": rates, "ratios": ratios, "seconds_per_event": add_s, "share_of_time": parts}
+
+
+def seconds_per_event(folder: Path) -> float:
+    """What a trace takes for an event, its share of the writing included."""
+    from rwkvmpi.telemetry.trace import TraceRecorder
+
+    recorder = TraceRecorder(folder, 1, 0, {}, 0, 0)
+    begun = time.perf_counter()
+    for number in range(100_000):
+        recorder.add(0, "layer 3", number, number + 1, number)
+    return (time.perf_counter() - begun) / 100_000
+
+
+def watch(run: Path) -> subprocess.Popen[bytes]:
+    """`rwkvmpi watch`, which begins before the run and ends with it."""
+    return subprocess.Popen([*program(), "watch", str(run), "--json"], stdout=subprocess.DEVNULL)
 
 
 def length(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +193,14 @@ def start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"help_s": help_s, "run_s": run_s}
 
 
-MEASUREMENTS = {"speedup": speedup, "commits": commits, "length": length, "counting": counting, "start": start}
+MEASUREMENTS = {
+    "speedup": speedup,
+    "commits": commits,
+    "watched": watched,
+    "length": length,
+    "counting": counting,
+    "start": start,
+}
 
 
 def score(ranks: int, model: Path | str, text: Path, run: Path, *options: str) -> dict[str, Any]:

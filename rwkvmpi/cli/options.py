@@ -30,6 +30,9 @@ KEYS = {
     "text_key": ("input", "text_key"),
     "id_key": ("input", "id_key"),
     "from_run": ("input", "from_run"),
+    "shard": ("input", "shard"),
+    "telemetry": ("run", "telemetry"),
+    "trace": ("run", "trace"),
     "window": ("task", "window"),
 }
 
@@ -66,6 +69,11 @@ MODEL_OPTIONS: list[Decorator] = [
         "and only what it has grown by is read; its tokens, bytes, nll and windows count from there. Others are read "
         "from their start.",
     ),
+    click.option(
+        "--shard",
+        metavar="I/N",
+        help="Read only the I-th of N parts of the documents (1/N to N/N), which `rwkvmpi merge` puts together again.",
+    ),
 ]
 
 RUN_OPTIONS: list[Decorator] = [
@@ -92,6 +100,14 @@ RUN_OPTIONS: list[Decorator] = [
     ),
     click.option(
         "--on-error", type=click.Choice(["record", "stop"]), help="What a bad document does.  [default: record]"
+    ),
+    click.option(
+        "--telemetry",
+        type=click.Choice(["on", "files", "off"]),
+        help="What `rwkvmpi watch` shows: over the network and in files, in files only, or not at all.  [default: on]",
+    ),
+    click.option(
+        "--trace", is_flag=True, default=None, help="Record what every rank does when, for ui.perfetto.dev, in RUN."
     ),
     click.option("--force", is_flag=True, help="Throw away what another job left in RUN, and start anew."),
     click.option("--dry-run", is_flag=True, help="Check everything, show the plan, read nothing."),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rwkvmpi.corpus.index import CorpusIndex
+from rwkvmpi.corpus.part import CorpusPart
 from rwkvmpi.corpus.readers import TextReader
 from rwkvmpi.corpus.tokenizers import Tokenizer
 from rwkvmpi.errors import DocumentError
@@ -20,7 +21,7 @@ class DocumentCount(NamedTuple):
     error: str | None
 
 
-def count_tokens(index: CorpusIndex, tokenizer: Tokenizer) -> Iterator[DocumentCount]:
+def count_tokens(index: CorpusIndex | CorpusPart, tokenizer: Tokenizer) -> Iterator[DocumentCount]:
     """Reads and tokenises every document, in input order, in this process; holds a few blocks at a time."""
     with TextReader(index.text_key) as reader:
         for ref in index:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkvmpi.cluster.pinning import free_this_thread
+from rwkvmpi.grid.activity import COMMITS, Activity
 from rwkvmpi.grid.control import Control
 from rwkvmpi.grid.layout import Grid
 from rwkvmpi.grid.queue import DocumentQueue
-from rwkvmpi.store.commits import InFlight
+from rwkvmpi.store.commits import Commit, InFlight
 from rwkvmpi.store.ledger import Ledger
 from rwkvmpi.store.shards import Cut
 
@@ -46,7 +47,9 @@ class Coordinator:
         reference: Callable[[int], dict[str, Any]],
         on_failed: Callable[[int, str], None],
         stop_on_error: bool,
+        activity: Activity | None = None,
     ) -> None:
+        self._activity = activity or Activity()
         self._control, self._grid, self._queue, self._ledger, self._begun = control, grid, queue, ledger, begun
         self._reference, self._on_failed, self._stop_on_error = reference, on_failed, stop_on_error
         self._replicas = [_Replica(grid.members(d)) for d in range(grid.replicas)]
@@ -60,6 +63,7 @@ class Coordinator:
         self.stop_reason = ""
         self.failed = 0
         self.commits = 0
+        self.last_commit: tuple[int, float] | None = None  # its number, and when it was safe (unix s)
         control.handle("take", self._on_take)
         control.handle("report", self._on_report)
         control.handle("stop-wanted", self._on_stop)
@@ -76,7 +80,7 @@ class Coordinator:
             self._saving.result()
             self._saving = None
         if self._dirty and self._saving is None and time.monotonic() - self._saved_at >= COMMIT_SPACING_S:
-            self._saving = self._thread.submit(self._ledger.save, self._ledger.commit())
+            self._saving = self._thread.submit(self._save, self._ledger.commit())
             self.commits += 1
             self._dirty = False
             self._saved_at = time.monotonic()
@@ -87,10 +91,15 @@ class Coordinator:
             self._saving.result()
             self._saving = None
         if self._dirty:
-            self._ledger.save(self._ledger.commit())
+            self._save(self._ledger.commit())
             self.commits += 1
             self._dirty = False
         self._thread.shutdown()
+
+    def _save(self, commit: Commit) -> None:
+        with self._activity.recorded(COMMITS, "commit", b=commit.number):
+            self._ledger.save(commit)
+        self.last_commit = commit.number, time.time()
 
     def stop(self, reason: str) -> None:
         """Let every source end its stream after the chunks that are on their way."""

@@ -128,7 +128,7 @@ def update(change: Callable[[Figures], None]) -> Path | None:
     change(figures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{platform.node()}.{os.getpid()}")
         temporary.write_text(figures.model_dump_json(indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from rwkvmpi.grid.activity import Activity
 from rwkvmpi.models.device import Ticket
 
 
 class Pending:
     """A queue of (ticket, action, item). Nothing waits in it while every ticket is done at once, as on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
         self._queue: deque[tuple[Ticket, Callable[[], None], int]] = deque()
         self._serving = False
 
@@ -38,7 +40,11 @@ class Pending:
             self._wait_for_first()
 
     def _wait_for_first(self) -> None:
-        self._queue[0][0].wait()
+        ticket = self._queue[0][0]
+        if not ticket.done():
+            outer = self._activity.begin_wait(None, "the GPU")
+            ticket.wait()
+            self._activity.end_wait(outer)
         self._do_first()
 
     def _do_first(self) -> None:

@@ -16,6 +16,7 @@ from rwkvmpi.corpus.events import End, Event, Failed, InFlight, TokenCursor
 from rwkvmpi.corpus.feeder import Feeder
 from rwkvmpi.corpus.index import DocumentRef
 from rwkvmpi.corpus.stream import ChunkBuilder, EndedDocument
+from rwkvmpi.grid.activity import Activity
 from rwkvmpi.grid.control import COORDINATOR, Control
 from rwkvmpi.grid.frame import Frame, Word
 from rwkvmpi.grid.transport import Hops, Receiver, Sender
@@ -67,7 +68,9 @@ class Source:
         chunk_size: int,
         clock: CommitClock,
         stop_on_error: bool,
+        activity: Activity | None = None,
     ) -> None:
+        self._activity = activity or Activity()
         self._feeder, self._control, self._slots = feeder, control, slots
         self._replica, self._chunk_size, self._clock = replica, chunk_size, clock
         self._stop_on_error = stop_on_error
@@ -97,10 +100,13 @@ class Source:
         """The frame of chunk `index` (slot 0's turn); frames for the other slots are sent on the way."""
         self._served = index
         self._advance(blocking=False)
-        start = time.perf_counter()
-        while not self._own:
-            self._advance(blocking=True)
-        self.waited_s += time.perf_counter() - start
+        if not self._own:
+            outer = self._activity.begin_wait(None, "tokens")
+            start = time.perf_counter()
+            while not self._own:
+                self._advance(blocking=True)
+            self.waited_s += time.perf_counter() - start
+            self._activity.end_wait(outer)
         return self._own[0]
 
     def release(self) -> None:

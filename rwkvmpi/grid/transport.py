@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkvmpi.errors import FabricError
+from rwkvmpi.grid.activity import HOPS, Activity
 from rwkvmpi.grid.envelope import ENVELOPE_BYTES, Envelope, fault, is_intact, open_envelope, seal
 from rwkvmpi.grid.pulse import compare_clocks
 
@@ -91,7 +92,8 @@ class Terms:
 
     job: a number that all ranks of this start share and others do not. idle: called while a rank waits, so that
     control messages are answered meanwhile. pin: told of every buffer that a GPU may copy from or to. deadline_s: the
-    longest silence of a neighbour that is waited for. summed: messages carry checksums.
+    longest silence of a neighbour that is waited for. summed: messages carry checksums. activity: is told what the rank
+    waits for.
     """
 
     job: int = 0
@@ -99,6 +101,7 @@ class Terms:
     pin: Callable[[np.ndarray], None] = lambda memory: None
     deadline_s: float = DEADLINE_S
     summed: bool = False
+    activity: Activity = field(default_factory=Activity)
     clocks: dict[int, int] = field(default_factory=dict)  # neighbour -> its monotonic clock minus ours, ns
 
 
@@ -162,11 +165,13 @@ class Transport(ABC):
 
     def wait(self, ready: Callable[[], bool], peer: int, what: str) -> float:
         """Serve others until `ready()`; returns the seconds that took. FabricError when the neighbour falls silent."""
+        outer = self.terms.activity.begin_wait(peer, what)
         start = time.perf_counter()
         polls = 0
         while True:
             for _ in range(SPINS_PER_POLL):
                 if ready():
+                    self.terms.activity.end_wait(outer)
                     return time.perf_counter() - start
                 if polls >= POLLS_BEFORE_SLEEP:
                     time.sleep(SLEEP_S)
@@ -252,9 +257,13 @@ class Receiver(ABC):
         hops = self.hops
         hops.messages += 1
         hops.nbytes += ENVELOPE_BYTES + self._room.head + words.body_bytes
+        terms = self._transport.terms
+        if not waited_from and terms.activity.recorder is None:
+            return
+        now = time.monotonic_ns()
+        sent = words.sent_ns - terms.clocks.get(self._peer, 0)
+        terms.activity.record(HOPS, self._label, sent, max(now, sent), words.body_bytes, self._peer)
         if waited_from:
-            now = time.monotonic_ns()
-            sent = words.sent_ns - self._transport.terms.clocks.get(self._peer, 0)
             if sent >= waited_from:
                 took = max(now - sent, 0) / 1e9  # clocks of two machines never agree to the last
                 hops.seen += 1

@@ -16,6 +16,7 @@ import torch
 
 from rwkvmpi.corpus.stream import CONTINUES, COUNT, DOC, ENDS, FLAGS, HANDED_ON, POSITION, RESUMES
 from rwkvmpi.errors import NumericalError
+from rwkvmpi.grid.activity import MAIN, Activity
 from rwkvmpi.grid.frame import Frame
 from rwkvmpi.grid.pending import Pending
 from rwkvmpi.grid.relay import Relay
@@ -107,13 +108,16 @@ class Wavefront:
         chunk_size: int,
         poll: Callable[[], None],
         name_of: Callable[[int], str],
+        activity: Activity | None = None,
     ) -> None:
         self._stage, self._task, self._supply, self._relay = stage, task, supply, relay
         self._below, self._ledger, self._saved, self._handed = below, ledger, saved, handed
         self._slot, self._ring, self._chunk_size = slot, ring, chunk_size
         self._poll, self._name_of = poll, name_of
         self._reader = make_reader(stage, chunk_size)
-        self._pending = Pending()
+        self._activity = activity or Activity()
+        self._layer_names = [f"layer {stage.lo + item}" for item in range(len(stage.layers))]
+        self._pending = Pending(self._activity)
         self._commit = 0
         self.counters = Counters()
 
@@ -138,16 +142,20 @@ class Wavefront:
             cut = frame.cut if frame.commit != self._commit else None
             if frame.commit != self._commit:
                 self._pending.settle()  # what the commit is to hold
-                self._commit = frame.commit
+                self._commit = self._activity.commit = frame.commit
                 self._ledger.close_results(self._commit)
                 if cut is None:
                     self._ledger.close_states(self._commit)
             if frame.ends_stream:
                 self._pending.settle()
                 self._end(frame, cut)
-                self.counters.reading_s = time.perf_counter() - self.counters.begun
+                if self.counters.begun:  # else it never came to a chunk
+                    self.counters.reading_s = time.perf_counter() - self.counters.begun
                 return
+            self._activity.chunk = index
+            begun = time.monotonic_ns()
             self._read(frame, cut)
+            self._activity.record(MAIN, "chunk", begun, time.monotonic_ns(), index)
             index += self._ring
 
     def _read(self, frame: Frame, cut: tuple[int, int] | None) -> None:
@@ -168,10 +176,12 @@ class Wavefront:
             self._enter(index, segments, item, state)
             if cut is not None:
                 self._ledger.keep_state(*cut, stage.lo + item, state)
+            reading = time.monotonic_ns()
             reader.read(item, state)
             for segment in np.flatnonzero(still).tolist():
                 self._load(segments, segment, item, state)
             self._check(reader.look(item, state), index, segments, stage.lo + item)
+            self._activity.record(MAIN, self._layer_names[item], reading, time.monotonic_ns(), index)
             self._leave(index, segments, item, state)
             self._task.layer_done(stage.lo + item, segments, state, self._ledger.recorder)
             self._poll()
@@ -242,7 +252,9 @@ class Wavefront:
         if cut is not None and task.carry_bytes:
             self._ledger.keep_carry(*cut, carries[0])
         lasts = self._lasts(segments)
+        begun = time.monotonic_ns()
         values, arrived_here = stage.device.bring(task.evaluate(stage, self._reader.x, segments, targets, lasts))
+        self._activity.record(MAIN, "head and task", begun, time.monotonic_ns(), index)
 
         def conclude() -> None:
             after = task.consume(segments, targets, lasts, values, carries, self._ledger.recorder)

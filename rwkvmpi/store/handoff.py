@@ -61,8 +61,8 @@ class Handoff:
         """Of documents of `nbytes`, what is to be read: int64 [documents]."""
         return np.maximum(nbytes - self.bytes_before, 0)
 
-    def summary(self) -> str:
-        """One sentence on what goes on and what does not."""
+    def summary(self, everything: bool = True) -> str:
+        """One sentence on what goes on and what does not. everything: the run reads its whole input, not a part."""
         known = int(np.count_nonzero(self.rows != _FROM_START))
         absent = len(self.results) - known - self.failed
         said = f"{known:,} of {len(self.rows):,} documents go on from {self.results.path.parent}"
@@ -71,7 +71,7 @@ class Handoff:
             said += f"; read from their start: {len(self.rows) - known:,}"
         if self.failed:
             said += f", {self.failed:,} of which failed there"
-        if absent:
+        if absent and everything:
             said += f"; not in this input: {absent:,} that it has read"
         return said
 

@@ -68,9 +68,16 @@ def _format_of(path: Path) -> str:
 
 
 def _sizes(run: RunFolder) -> dict[str, Any]:
-    shards = [path.stat().st_size for path in run.shard_paths() if path.exists()]
-    results = run.results.stat().st_size if run.results.exists() else None
-    return {"results_bytes": results, "shards": len(shards), "shards_bytes": sum(shards)}
+    shards = [size for path in run.shard_paths() if (size := _size(path)) is not None]
+    return {"results_bytes": _size(run.results), "shards": len(shards), "shards_bytes": sum(shards)}
+
+
+def _size(path: Path) -> int | None:
+    """Bytes; None when it is not there, or no more: a running job removes what it has rewritten."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _describe_results(path: Path) -> dict[str, Any]:

@@ -204,6 +204,11 @@ class Results:
         """Whether the file has this dataset."""
         return path in self._file
 
+    def layout(self, path: str) -> tuple[np.dtype, tuple[int, ...] | None]:
+        """The dtype of a dataset, and the shape of its chunks (None: it has none)."""
+        dataset = self._file[path]
+        return dataset.dtype, dataset.chunks
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every dataset."""
         names = {"documents": _DOCUMENTS, **_GROUPS[self.task]}

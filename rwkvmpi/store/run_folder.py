@@ -57,6 +57,17 @@ class RunFolder:
 
         UserError when the path is a file, cannot be written, or is a folder with something else in it.
         """
+        self.check_place()
+        with write_errors(self.path, 0):
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            for folder in (self.path, self.shards, self.commits, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            fsync_folder(self.path)
+            for folder in missing:
+                fsync_folder(folder.parent)
+
+    def check_place(self) -> None:
+        """UserError when the path is a file, or a folder with something else in it; nothing is touched."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file, not a folder; give the run folder another name")
         with write_errors(self.path, 0):
@@ -64,12 +75,6 @@ class RunFolder:
                 raise UserError(
                     f"{self.path}: is not empty and holds no run of rwkvmpi; give a new or an empty folder for the run"
                 )
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            for folder in (self.path, self.shards, self.commits, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
-            fsync_folder(self.path)
-            for folder in missing:
-                fsync_folder(folder.parent)
 
     def next_attempt(self) -> int:
         """The number of this start of the job, from 1; counted durably, so that no name of a shard comes twice.

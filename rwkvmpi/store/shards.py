@@ -22,6 +22,7 @@ class ShardWriter(ShardBuilder):
     `end_cut`, called when all states of that moment were added, closes the states; results added in between belong to
     the next commit. `cut` does both. An error of the thread (disk full: UserError) is raised by every call after it,
     and by the Future. At most 64 MiB wait to be written; `waited_s` counts the seconds spent because of that.
+    `on_written(begun_ns, ended_ns, nbytes)` is called in the thread after each file.
     """
 
     def __init__(self, folder: Path, attempt: int, rank: int, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -31,6 +32,7 @@ class ShardWriter(ShardBuilder):
         self._room = threading.Condition()
         self._queued_bytes = 0
         self._error: BaseException | None = None
+        self.on_written: Callable[[int, int, int], None] = lambda begun_ns, ended_ns, nbytes: None
         self._open_cut: int | None = None
         self._closed: list[ShardRef] = []  # results of the open cut; touched by the thread only, as is _written
         self._documents: list[int] = []
@@ -96,7 +98,9 @@ class ShardWriter(ShardBuilder):
     def _write_in_thread(self, write: Callable[[], ShardRef], nbytes: int) -> None:
         try:
             if self._error is None:  # after an error nothing more is written: it could not be part of a commit
+                begun = time.monotonic_ns()
                 self._written.append(write())
+                self.on_written(begun, time.monotonic_ns(), nbytes)
         except BaseException as error:
             self._error = error
         finally:

@@ -23,6 +23,8 @@ from rwkvmpi.store.commits import Commit, write_commit
 from rwkvmpi.store.results import content_digest, open_results
 from rwkvmpi.store.shards import ShardBuilder
 from rwkvmpi.store.status import status
+from rwkvmpi.telemetry import files
+from rwkvmpi.telemetry.sample import encode
 
 LENGTHS = [70_000, 0, 3, 40]
 
@@ -191,6 +193,127 @@ def test_status_before_during_and_after(tmp_path: Path) -> None:
     assert (facts["state"], facts["documents_done"], facts["documents_failed"]) == ("finished", 2, 1)
     assert facts["failures"] == [{"document": 1, "id": "doc1", "error": "document 1 is broken"}]
     assert "doc1: document 1 is broken" in call("status", done.path).output
+
+
+ENDS = """
+import ctypes, logging, os, sys
+from rwkvmpi.cluster import logs, mpi
+from rwkvmpi.errors import FabricError
+from rwkvmpi.store.run_folder import RunFolder
+run, rank, how = RunFolder(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+run.lock.acquire()
+run.next_attempt()
+logger = logs.setup(run.path, rank, 8)
+logger.info("transport: mpi")
+if how == "bug":
+    mpi.install_abort_hook()
+    raise ValueError("the third layer")
+if how == "fabric":
+    mpi.fail(FabricError("rank 3 on n1 is silent"))
+if how == "segmentation fault":
+    ctypes.string_at(0)
+if how == "stop":
+    logger.info("stopped by signal SIGUSR1 (rank 0): 0 of 20 documents are done")
+    logger.info("exit code 75 (stopped, resumable)")
+    run.lock.release()
+os._exit(1)
+"""
+
+
+def test_status_says_why_a_run_ended_in_the_words_of_its_ranks(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    write_commit(run, Commit(1, 1, "job", 20))
+
+    def end(rank: int, how: str) -> tuple[str, list[dict[str, Any]], str]:
+        program = [sys.executable, "-c", ENDS, str(run.path), str(rank), how]
+        subprocess.run(program, env=ENVIRONMENT, stderr=subprocess.DEVNULL, timeout=60, check=False)
+        facts = status(run.path)
+        return facts["state"], facts["words"], call("status", run.path).output
+
+    state, words, said = end(3, "bug")
+    assert (state, len(words), words[0]["rank"]) == ("crashed", 1, 3)
+    assert words[0]["log"] == str(run.logs / "rank_00003.log")
+    assert words[0]["text"].startswith("rwkvmpi: crash on rank 0 of 1 on ")
+    assert words[0]["text"].endswith(": ValueError: the third layer")
+    assert "ValueError: the third layer" in said
+    assert str(run.logs / "rank_00003.log") in said
+    state, words, said = end(3, "killed")  # what the start before left in the same log does not count
+    assert (state, words) == ("crashed", [])
+    assert "no rank left a word in its log" in said
+    assert [entry["text"] for entry in end(4, "fabric")[1]] == ["rwkvmpi: rank 3 on n1 is silent"]
+    assert [entry["text"] for entry in end(5, "segmentation fault")[1]] == ["Fatal Python error: Segmentation fault"]
+    state, words, said = end(0, "stop")
+    assert (state, words[0]["text"]) == (
+        "stopped",
+        "stopped by signal SIGUSR1 (rank 0): 0 of 20 documents are done",
+    )
+    assert "rank 0: stopped by signal SIGUSR1" in said
+
+
+def test_status_of_a_running_job_from_its_files(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    run.lock.acquire()
+    run.next_attempt()
+    assert "none yet from this start" in call("status", run.path).output
+    for number in (4, 5):
+        write_commit(run, Commit(number, 1, "job", 20))
+    os.utime(run.commits / "000004.json", (time.time() - 61, time.time() - 61))
+    job = {"attempt": 1, "documents_done": 15, "tokens_per_second": 1234.5, "seconds_left": 600, "slurm_restarts": 2}
+    run.progress.write_text(json.dumps(job))
+    place = {"ranks": 3, "attempt": 1, "stage": 0, "replica": 0, "phase": "reading"}
+    for rank, (rate, age) in enumerate(((100.0, 0), (40.0, 0), (60.0, 900))):
+        sample = {**place, "rank": rank, "slot": rank, "host": f"n{rank}", "time": time.time() - age}
+        sample |= {"tokens_per_second": rate, "waits": {"tokens": 10.0 * rank}}
+        files.write_sample(run.path, rank, encode(sample))
+    facts = status(run.path)
+    assert facts["ranks"]["silent"][0]["rank"] == 2
+    assert facts["rate_now"] is None  # it would leave out what the silent rank reads
+    assert 60 <= facts["commit_every_s"] < 70
+    said = call("status", run.path).output
+    for words in (
+        "attempt    1, the Slurm job's restart 2",
+        "documents  15 of 20",
+        "after the one before",
+        "rate       1,234 tokens/s on average of the last start",
+        "left       about 10 min",
+        "slowest    rank 1 (n1), 40 tokens/s",
+        "waited     rank 2 (n2) longest, 20 s",
+        "stalled    rank 2 (n2) has been silent for 15 min",
+        "rank_00002.log",
+    ):
+        assert words in said
+    files.write_sample(run.path, 2, encode({**sample, "time": time.time()}))
+    assert status(run.path)["rate_now"] == 200.0
+    os.utime(run.progress, (time.time(), time.time() - 100))
+    os.utime(run.path / "attempt", (time.time(), time.time() - 200))
+    os.utime(run.path / "lock.json", (time.time(), time.time() - 300))
+    said = call("status", run.path).output
+    assert "100 s old: rank 0 has written nothing since" in said
+    assert "its last sign of life is 5 min old" in said
+    run.next_attempt()  # what the earlier start said last was perhaps never committed
+    facts = status(run.path)
+    assert (facts["documents_done"], facts["progress"], facts["ranks"]) == (0, None, None)
+    run.lock.release()
+
+
+def test_status_of_several_runs(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    done = simple_run(runs / "a", [5, 6], failed=[1])
+    done.write_success({})
+    begun = new_run(runs / "b")
+    write_commit(begun, Commit(1, 1, "job", 20))
+    for arguments in ((runs,), (runs / "a", runs / "b")):
+        said = call("status", *arguments).output
+        assert "2 runs: 1 finished, 1 stopped" in said
+        assert "documents  2 of 22, 1 failed" in said
+        assert [line.split()[-1] for line in said.splitlines() if line.startswith("  -")] == [
+            str(runs / "a"),
+            str(runs / "b"),
+        ]
+        assert f"{runs / 'b'} is stopped" in said
+        assert json.loads(call("status", *arguments, "--json").output)["counts"] == {"finished": 1, "stopped": 1}
+    with pytest.raises(UserError, match=r"nowhere: .*; give run folders"):
+        call("status", runs / "a", tmp_path / "nowhere")
 
 
 def test_status_and_inspect_while_a_job_writes(tmp_path: Path) -> None:
