@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,21 +25,31 @@ MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
     "--folder", type=click.Path(path_type=Path), default=Path(), help="Where runs will be written.  [default: .]"
 )
 @click.option("--fix", is_flag=True, help="Mend what can be mended without harm.")
+@click.option("--all-ranks", is_flag=True, help="Examine and compare all nodes that mpirun or srun started ranks on.")
 @click.option("--fabric", is_flag=True, help="Look at RDMA, GPUs beside it, MPI's way there, and between ranks, only.")
 @click.option("--emit", type=click.Choice(["env"]), help="Print the env.sh of jobs/ that fits this machine's fabric.")
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON on stdout.")
 def command(
-    model: str | None, tokenizer: str, folder: Path, fix: bool, fabric: bool, emit: str | None, as_json: bool
+    model: str | None,
+    tokenizer: str,
+    folder: Path,
+    fix: bool,
+    all_ranks: bool,
+    fabric: bool,
+    emit: str | None,
+    as_json: bool,
 ) -> None:
     """Look at Python, torch, MPI, cores, disk, the operators and a model; say what is wrong and how to mend it.
 
-    Under mpirun or srun the world that was started is examined too; with --fabric, messages to the next rank are timed.
-    Exit code 1 when something is wrong.
+    Under mpirun or srun the world that was started is examined too: with --all-ranks every node, what differs between
+    them, and the folder as all of them see it; with --fabric, messages to the next rank are timed. Exit code 1 when
+    something is wrong.
     """
     given = click.get_current_context().get_parameter_source
-    for name in ("model", "tokenizer", "folder", "fix") if fabric or emit else ():
+    for name in ("model", "tokenizer", "folder", "fix", "all_ranks") if fabric or emit else ():
         if given(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--fabric and --emit look at the fabric only; leave --{name} out")
+            word = name.replace("_", "-")
+            raise click.UsageError(f"--fabric and --emit look at the fabric only; leave --{word} out")
     if emit and as_json:
         raise click.UsageError("--emit env prints a script, no JSON; leave --json out")
     from rwkvmpi.cluster import mpi
@@ -47,6 +58,8 @@ def command(
         mpi.guard(_emit)
     elif fabric:
         mpi.guard(lambda: _report(_of_the_fabric(), False, as_json))
+    elif all_ranks:
+        mpi.guard(lambda: _of_all_ranks(model, tokenizer, folder, fix, as_json))
     else:
         mpi.guard(lambda: _report(_of_the_machine(model, tokenizer, folder), fix, as_json))
 
@@ -68,7 +81,29 @@ def _of_the_machine(model: str | None, tokenizer: str, folder: Path) -> Iterator
         list(doctor.examine("mpi", mpi_checks.mpi_library))
         return
     for name, check in doctor.checks(folder, model, tokenizer):
-        yield from doctor.examine(name, check)
+        for finding in doctor.examine(name, check):
+            finding.nodes = (launch_facts().node,)
+            yield finding
+
+
+def _of_all_ranks(model: str | None, tokenizer: str, folder: Path, fix: bool, as_json: bool) -> int:
+    from rwkvmpi.cluster import mpi, nodes_doctor
+    from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.cluster.nodes_circle import SilenceError
+
+    if launch_facts().size == 1:
+        return _report(chain(nodes_doctor.started_alone(), _of_the_machine(model, tokenizer, folder)), fix, as_json)
+    if trouble := list(nodes_doctor.wrong_world()):  # on all ranks alike
+        return _report(iter(trouble), False, as_json)
+    examination = nodes_doctor.AllRanks(mpi.world(), folder, model, tokenizer, fix)
+    try:
+        code = _report(examination.findings(), fix, as_json, mended=True)
+    except SilenceError as error:  # this rank alone may know: it ends the others
+        click.echo(f"rwkvmpi: {error}", err=True)
+        sys.exit(1)
+    if examination.lost:  # nobody may wait for it
+        sys.exit(1)
+    return code
 
 
 def _of_the_fabric() -> Iterator[Finding]:
@@ -91,16 +126,17 @@ def _of_the_fabric() -> Iterator[Finding]:
             sys.exit(1)
 
 
-def _report(findings: Iterator[Finding], fix: bool, as_json: bool) -> int:
+def _report(findings: Iterator[Finding], fix: bool, as_json: bool, mended: bool = False) -> int:
+    """Show the findings on rank 0; `mended`: every node has applied its own fixes already. The exit code."""
     from rwkvmpi.cluster import doctor
     from rwkvmpi.cluster.launcher import launch_facts
 
     if launch_facts().rank != 0:
         list(findings)
         return 0
-    shown = []
+    shown: list[Finding] = []
     for finding in findings:
-        shown.append(doctor.mend(finding) if fix else finding)
+        shown.append(doctor.mend(finding) if fix and not mended else finding)
         if not as_json:
             _show(shown[-1], fix)
     bad = sum(finding.status == "fail" for finding in shown)

@@ -28,6 +28,7 @@ class Finding:
     fix: Callable[[], None] | None = field(default=None, repr=False)
     fixed: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The finding without its function."""
@@ -39,6 +40,7 @@ class Finding:
             "fixable": self.fix is not None,
             "fixed": self.fixed,
             "facts": self.facts,
+            "nodes": list(self.nodes),
         }
 
 
@@ -47,27 +49,63 @@ Check = Callable[[], Iterable[Finding]]
 
 def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, Check]]:
     """All checks in the order of the report, each with the name it reports under if it falls over."""
-    from rwkvmpi.cluster import fabric_checks, gpu_checks, machine_checks, mpi_checks, number_checks, thread_checks
+    from rwkvmpi.cluster import machine_checks, mpi_checks, node_installation, node_slurm, number_checks, thread_checks
 
+    before, after = _of_a_node(folder)
     found: list[tuple[str, Check]] = [
-        ("python", machine_checks.python),
-        ("packages", machine_checks.packages),
-        ("processor", machine_checks.processor),
-        ("shared memory", machine_checks.shared_memory),
-        ("folder", lambda: machine_checks.run_folder(folder)),
-        ("hdf5", lambda: machine_checks.hdf5(folder)),
+        *before,
         ("slurm", machine_checks.slurm),
-        ("rdma", fabric_checks.in_short),
+        ("login node", node_slurm.on_a_login_node),
         ("mpi", mpi_checks.mpi_library),
-        ("torch", number_checks.torch_library),
-        ("GPU", gpu_checks.gpus),
+        ("libraries", node_installation.libraries),
         ("threads", thread_checks.of_this_process),
-        ("operators", number_checks.operators),
-        ("matrix products", number_checks.matrix_rows),
+        *after,
     ]
     if model is not None:
         found.append(("model", lambda: number_checks.model_and_tokenizer(model, tokenizer)))
     return found
+
+
+def checks_of_a_node(folder: Path) -> list[tuple[str, Check]]:
+    """Those that every node of a job makes for itself; none of them speaks with another rank."""
+    before, after = _of_a_node(folder)
+    return before + after
+
+
+def _of_a_node(folder: Path) -> tuple[list[tuple[str, Check]], list[tuple[str, Check]]]:
+    """The machine, and what takes torch."""
+    from rwkvmpi.cluster import (
+        fabric_checks,
+        gpu_checks,
+        machine_checks,
+        node_copies,
+        node_disks,
+        node_leftovers,
+        node_limits,
+        number_checks,
+    )
+
+    before: list[tuple[str, Check]] = [
+        ("python", machine_checks.python),
+        ("packages", machine_checks.packages),
+        ("processor", machine_checks.processor),
+        ("limits", node_limits.of_this_process),
+        ("shared memory", machine_checks.shared_memory),
+        ("single copy", node_copies.single_copy),
+        ("folder", lambda: machine_checks.run_folder(folder)),
+        ("file system", lambda: node_disks.file_system(folder)),
+        ("temporary files", node_disks.temporary_files),
+        ("left-over folders", node_leftovers.session_folders),
+        ("hdf5", lambda: machine_checks.hdf5(folder)),
+        ("rdma", fabric_checks.in_short),
+    ]
+    after: list[tuple[str, Check]] = [
+        ("torch", number_checks.torch_library),
+        ("GPU", gpu_checks.gpus),
+        ("operators", number_checks.operators),
+        ("matrix products", number_checks.matrix_rows),
+    ]
+    return before, after
 
 
 def examine(name: str, check: Check) -> Iterator[Finding]:
@@ -87,5 +125,7 @@ def mend(finding: Finding) -> Finding:
     try:
         finding.fix()
     except Exception as error:
-        return Finding(finding.name, "fail", f"{finding.value}; --fix failed: {error}", finding.remedy)
-    return Finding(finding.name, "ok", f"mended: {finding.remedy} (was: {finding.value})", fixed=True)
+        value = f"{finding.value}; --fix failed: {error}"
+        return Finding(finding.name, "fail", value, finding.remedy, nodes=finding.nodes)
+    value = f"mended: {finding.remedy} (was: {finding.value})"
+    return Finding(finding.name, "ok", value, fixed=True, nodes=finding.nodes)

@@ -185,13 +185,14 @@ def _active() -> Any | None:
 def _end_all(code: int, crash: bool) -> NoReturn:
     """End this process at once and take the others along.
 
-    Under Open MPI's mpirun an exit code other than 0 is enough, and spares the reader two of MPI_Abort's notices; a
-    crash uses MPI_Abort all the same, which no option of a launcher tolerates.
+    Under Open MPI's mpirun an exit code other than 0 is enough, and spares the reader two of MPI_Abort's notices. But a
+    rank on another node that waits for this one may die of its closed socket first, with another code; and a crash
+    uses MPI_Abort in any case, which no option of a launcher tolerates.
     """
     _flush()
     _leave_after(ABORT_LIMIT_S, code)
-    mpi = _active()
-    if mpi is not None and (crash or launch_facts().launcher != "openmpi"):
+    mpi, facts = _active(), launch_facts()
+    if mpi is not None and (crash or facts.launcher != "openmpi" or facts.local_size < facts.size):
         with contextlib.suppress(Exception):
             mpi.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvmpi import __version__
-from rwkvmpi.cluster import mpi, thread_checks
+from rwkvmpi.cluster import mpi, node_installation, thread_checks
 from rwkvmpi.cluster.doctor import Finding
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.cluster.machine_checks import processor_name
@@ -34,7 +34,10 @@ INSTALL = "load the site's MPI module, or pip install 'rwkvmpi[mpi]'"
 
 
 def mpi_library() -> Iterator[Finding]:
-    """MPI as it is: under a launcher this world itself, else a probe of two ranks with the mpirun on PATH."""
+    """MPI as it is: under a launcher this world itself, else a probe of two ranks with the mpirun on PATH.
+
+    A single rank that a launcher started probes nothing: an mpirun inside its step would wait for a place in it.
+    """
     facts = launch_facts()
     if facts.size > 1:
         yield from _this_world()
@@ -44,6 +47,11 @@ def mpi_library() -> Iterator[Finding]:
     except PackageNotFoundError:
         remedy = "pip install mpi4py, and for MPI itself " + INSTALL
         yield Finding("mpi", "warn", "mpi4py is not installed: one process only", remedy)
+        return
+    if facts.launcher != "none":
+        library = node_installation.library_of_a_run()
+        value = library if isinstance(library, str) else f"{library.name}, one rank, which needs nobody to speak to"
+        yield Finding("mpi", "warn" if isinstance(library, str) else "ok", f"{binding}; {value}")
         return
     program = shutil.which("mpirun")
     if program is None:
