@@ -11,7 +11,7 @@ import torch
 
 from rwkvmpi.bench.timing import Effort, best
 from rwkvmpi.cluster import affinity
-from rwkvmpi.cluster.machine_checks import processor_name
+from rwkvmpi.doctor.machine_checks import processor_name
 from rwkvmpi.models.weight_store import anonymous
 from rwkvmpi.ops import library
 from rwkvmpi.ops.product import KINDS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rwkvmpi.cluster.doctor import Finding
+    from rwkvmpi.doctor.diagnosis import Finding
 
 FEW = 3  # a report of no more needs no sum below it
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
@@ -65,8 +65,8 @@ def command(
 
 
 def _emit() -> int:
-    from rwkvmpi.cluster import fabric_env
     from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.doctor import fabric_env
 
     if launch_facts().rank == 0:
         click.echo(fabric_env.script(), nl=False)
@@ -74,28 +74,29 @@ def _emit() -> int:
 
 
 def _of_the_machine(model: str | None, tokenizer: str, folder: Path) -> Iterator[Finding]:
-    from rwkvmpi.cluster import doctor, mpi_checks
     from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.doctor import diagnosis, mpi_checks
 
     if launch_facts().rank != 0:  # the others take part in what all ranks do together, and rank 0 reports
-        list(doctor.examine("mpi", mpi_checks.mpi_library))
+        list(diagnosis.examine("mpi", mpi_checks.mpi_library))
         return
-    for name, check in doctor.checks(folder, model, tokenizer):
-        for finding in doctor.examine(name, check):
+    for name, check in diagnosis.checks(folder, model, tokenizer):
+        for finding in diagnosis.examine(name, check):
             finding.nodes = (launch_facts().node,)
             yield finding
 
 
 def _of_all_ranks(model: str | None, tokenizer: str, folder: Path, fix: bool, as_json: bool) -> int:
-    from rwkvmpi.cluster import mpi, nodes_doctor
+    from rwkvmpi.cluster import mpi
     from rwkvmpi.cluster.launcher import launch_facts
-    from rwkvmpi.cluster.nodes_circle import SilenceError
+    from rwkvmpi.doctor import all_ranks
+    from rwkvmpi.doctor.nodes_circle import SilenceError
 
     if launch_facts().size == 1:
-        return _report(chain(nodes_doctor.started_alone(), _of_the_machine(model, tokenizer, folder)), fix, as_json)
-    if trouble := list(nodes_doctor.wrong_world()):  # on all ranks alike
+        return _report(chain(all_ranks.started_alone(), _of_the_machine(model, tokenizer, folder)), fix, as_json)
+    if trouble := list(all_ranks.wrong_world()):  # on all ranks alike
         return _report(iter(trouble), False, as_json)
-    examination = nodes_doctor.AllRanks(mpi.world(), folder, model, tokenizer, fix)
+    examination = all_ranks.AllRanks(mpi.world(), folder, model, tokenizer, fix)
     try:
         code = _report(examination.findings(), fix, as_json, mended=True)
     except SilenceError as error:  # this rank alone may know: it ends the others
@@ -107,8 +108,9 @@ def _of_all_ranks(model: str | None, tokenizer: str, folder: Path, fix: bool, as
 
 
 def _of_the_fabric() -> Iterator[Finding]:
-    from rwkvmpi.cluster import doctor, fabric_checks, fabric_pairs, mpi
+    from rwkvmpi.cluster import mpi
     from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.doctor import diagnosis, fabric_checks, fabric_pairs
     from rwkvmpi.errors import FabricError
 
     comm = mpi.world()
@@ -117,7 +119,7 @@ def _of_the_fabric() -> Iterator[Finding]:
             yield from fabric_checks.of_a_bare_machine()
         else:
             for name, check in fabric_checks.checks():
-                yield from doctor.examine(name, check)
+                yield from diagnosis.examine(name, check)
     if comm is not None:
         try:
             yield from fabric_pairs.between_ranks(comm)
@@ -128,15 +130,15 @@ def _of_the_fabric() -> Iterator[Finding]:
 
 def _report(findings: Iterator[Finding], fix: bool, as_json: bool, mended: bool = False) -> int:
     """Show the findings on rank 0; `mended`: every node has applied its own fixes already. The exit code."""
-    from rwkvmpi.cluster import doctor
     from rwkvmpi.cluster.launcher import launch_facts
+    from rwkvmpi.doctor import diagnosis
 
     if launch_facts().rank != 0:
         list(findings)
         return 0
     shown: list[Finding] = []
     for finding in findings:
-        shown.append(doctor.mend(finding) if fix and not mended else finding)
+        shown.append(diagnosis.mend(finding) if fix and not mended else finding)
         if not as_json:
             _show(shown[-1], fix)
     bad = sum(finding.status == "fail" for finding in shown)

@@ -208,7 +208,8 @@ def test_taskset_makes_cores_the_own_ones() -> None:
 def test_ranks_are_bound_where_the_launcher_bound_them() -> None:
     program = (
         "import json\n"
-        "from rwkvmpi.cluster import mpi, mpi_checks\n"
+        "from rwkvmpi.cluster import mpi\n"
+        "from rwkvmpi.doctor import mpi_checks\n"
         "def main():\n"
         "    found = list(mpi_checks.mpi_library())\n"
         "    if mpi.world().rank == 0: print(json.dumps([f.as_json() for f in found]))\n"

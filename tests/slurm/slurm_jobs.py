@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +24,18 @@ TEXTS = ("argparse", "bisect")  # of Python's standard library: 100 KB
 PLACEHOLDERS = {
     "CHANGE_MODEL.pth": "bundled",
     "CHANGE_TEXTS": "texts",
+    "CHANGE_GROWN_TEXTS": "grown",
     "CHANGE_PARTITION": "batch",
     "CHANGE_ACCOUNT": "research",
+    "CHANGE_DEVICES": "all",
+    "CHANGE_GID_INDEX": "3",
+    "CHANGE_TRAFFIC_CLASS": "106",
+}
+# small ones, where the parts or the links of a job count, or the GPU is emulated
+OWN = {
+    "array": {"CHANGE_TEXTS": "corpus"},
+    "chain": {"CHANGE_TEXTS": "some"},
+    "gpu-roce": {"CHANGE_TEXTS": "few", "CHANGE_MODEL.pth": "small.pth"},
 }
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
@@ -45,16 +55,17 @@ def laboratory(*arguments: str) -> None:
 
 @dataclass
 class Job:
-    """A submitted job. `states` are those seen so far, each once in a row."""
+    """A submitted job, or "12_3", element 3 of the array 12. `states` are those seen so far, each once in a row."""
 
-    number: int
+    number: int | str
     output: Path
     run: Path
+    launch: str = ""
     states: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, str]:
         """What scontrol knows: JobState, Restarts, ExitCode, NodeList, ..."""
-        text = _slurm("scontrol", "--oneliner", "show", "job", str(self.number))
+        text = _answer("scontrol", "--oneliner", "show", "job", str(self.number))
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def state(self) -> str:
@@ -84,13 +95,17 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Process ids of the program's ranks, on all nodes."""
+        array, _, element = str(self.number).partition("_")
+        names = {f"SLURM_JOB_ID={array}"}
+        if element:
+            names = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={element}"}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
                 if not (Path(words[0].decode()).name.startswith("python") and b"run" in words):
                     continue
-                if f"SLURM_JOB_ID={self.number}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                if names <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
                     found.append(int(folder.name))
             except OSError:
                 continue  # it has ended meanwhile
@@ -99,6 +114,9 @@ class Job:
     def signal_ranks(self, number: signal.Signals) -> None:
         for pid in self.ranks():
             os.kill(pid, number)
+
+    def continue_ranks(self) -> None:
+        self.signal_ranks(signal.SIGCONT)
 
     def restarts(self) -> int:
         return int(self.facts()["Restarts"])
@@ -113,26 +131,48 @@ class Project:
     def __init__(self, folder: Path, programs: Path) -> None:
         self.folder, self._programs = folder, programs
         shutil.copytree(ROOT / "jobs", folder / "jobs")
-        for file in (folder / "jobs" / "cpu-partition").iterdir():
+        for file in filter(Path.is_file, (folder / "jobs").glob("*/*")):
             text = file.read_text()
-            for placeholder, value in PLACEHOLDERS.items():
+            for placeholder, value in (PLACEHOLDERS | OWN.get(file.parent.name, {})).items():
                 text = text.replace(placeholder, value)
             file.write_text(text)
-        texts = folder / "texts"
-        texts.mkdir()
-        for name in TEXTS:
-            shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", texts / f"{name}.txt")
+        self.documents("texts", dict.fromkeys(TEXTS))
+
+    def documents(self, folder: str, sizes: dict[str, int | None]) -> None:
+        """Modules of Python's standard library as documents: the first so many bytes of each, or all."""
+        (self.folder / folder).mkdir(exist_ok=True)
+        for name, size in sizes.items():
+            source = Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py"
+            (self.folder / folder / f"{name}.txt").write_bytes(source.read_bytes()[:size])
+
+    def copy_place(self, name: str, other: str) -> None:
+        """A second folder of jobs, to be changed; its script finds its own files."""
+        shutil.copytree(self.folder / "jobs" / name, self.folder / "jobs" / other)
+        script = self.folder / "jobs" / other / "rwkvmpi.sbatch"
+        script.write_text(script.read_text().replace(f"jobs/{name}/", f"jobs/{other}/"))
 
     def submit(
-        self, name: str, *options: str, launch: str, venv: Path = Path(sys.prefix), arguments: tuple[str, ...] = ()
+        self,
+        name: str,
+        *options: str,
+        launch: str,
+        venv: Path = Path(sys.prefix),
+        arguments: tuple[str, ...] = (),
+        place: str = "cpu-partition",
+        variables: Mapping[str, str] | None = None,
     ) -> Job:
-        """sbatch OPTIONS jobs/cpu-partition/rwkvmpi.sbatch ARGUMENTS, from this folder."""
-        script = "jobs/cpu-partition/rwkvmpi.sbatch"
+        """sbatch OPTIONS jobs/PLACE/rwkvmpi.sbatch ARGUMENTS, from this folder."""
+        script = f"jobs/{place}/rwkvmpi.sbatch"
         sizes = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--job-name={name}")
-        variables = self.environment() | {"LAUNCH": launch, "VENV": str(venv)}
-        answer = _slurm("sbatch", "--parsable", *sizes, *options, script, *arguments, cwd=self.folder, env=variables)
+        known = self.environment() | {"LAUNCH": launch, "VENV": str(venv), **(variables or {})}
+        answer = _answer("sbatch", "--parsable", *sizes, *options, script, *arguments, cwd=self.folder, env=known)
         number = int(answer.strip())
-        return Job(number, self.folder / f"rwkvmpi-{number}.out", self.folder / "runs" / name)
+        return Job(number, self.folder / f"rwkvmpi-{number}.out", self.folder / "runs" / name, launch)
+
+    def start(self, *command: str, variables: Mapping[str, str] | None = None, seconds: float = 200) -> str:
+        """A program of the user's, as jobs/array/submit.sh, in this folder, to its end; its words."""
+        known = self.environment() | {"VENV": sys.prefix, **(variables or {})}
+        return _answer(*command, cwd=self.folder, env=known, seconds=seconds)
 
     def environment(self) -> dict[str, str]:
         return environment(
@@ -141,19 +181,19 @@ class Project:
 
     def wrap(self, command: str, *options: str) -> Job:
         """sbatch OPTIONS --wrap COMMAND."""
-        number = int(_slurm("sbatch", "--parsable", *options, "--wrap", command, cwd=self.folder).strip())
+        number = int(_answer("sbatch", "--parsable", *options, "--wrap", command, cwd=self.folder).strip())
         return Job(number, self.folder / f"slurm-{number}.out", self.folder)
 
 
 def scontrol(*arguments: object) -> None:
-    _slurm("scontrol", *map(str, arguments))
+    _answer("scontrol", *map(str, arguments))
 
 
 def scancel(*arguments: object) -> None:
-    _slurm("scancel", *map(str, arguments))
+    _answer("scancel", *map(str, arguments))
 
 
-def _slurm(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env=env)
+def _answer(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None, seconds: float = 60) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=cwd, env=env)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NVIDIA, DISPLAY = "0x10de", "0x03"  # the maker's number, and the class that all GPUs belong to

@@ -49,7 +49,7 @@ Check = Callable[[], Iterable[Finding]]
 
 def checks(folder: Path, model: str | None, tokenizer: str) -> list[tuple[str, Check]]:
     """All checks in the order of the report, each with the name it reports under if it falls over."""
-    from rwkvmpi.cluster import machine_checks, mpi_checks, node_installation, node_slurm, number_checks, thread_checks
+    from rwkvmpi.doctor import machine_checks, mpi_checks, node_installation, node_slurm, number_checks, thread_checks
 
     before, after = _of_a_node(folder)
     found: list[tuple[str, Check]] = [
@@ -74,7 +74,7 @@ def checks_of_a_node(folder: Path) -> list[tuple[str, Check]]:
 
 def _of_a_node(folder: Path) -> tuple[list[tuple[str, Check]], list[tuple[str, Check]]]:
     """The machine, and what takes torch."""
-    from rwkvmpi.cluster import (
+    from rwkvmpi.doctor import (
         fabric_checks,
         gpu_checks,
         machine_checks,

@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterator, Mapping
 
 from rwkvmpi.cluster import rdma
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 # name -> (the kernel's number, whether it counts bytes)
 LIMITS = {

@@ -15,8 +15,8 @@ import launching
 import pytest
 
 import rwkvmpi
-from rwkvmpi.cluster import (
-    doctor,
+from rwkvmpi.doctor import (
+    diagnosis,
     node_copies,
     node_disks,
     node_leftovers,
@@ -25,12 +25,12 @@ from rwkvmpi.cluster import (
     nodes_judged,
     nodes_network,
 )
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 PACKAGE = Path(rwkvmpi.__file__).parent
 FORBID = """
 import ctypes, struct
-from rwkvmpi.cluster import node_copies
+from rwkvmpi.doctor import node_copies
 steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 310), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
 class Filter(ctypes.Structure):
@@ -191,7 +191,7 @@ def test_left_over_session_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (finding,) = node_leftovers.session_folders()
         assert finding.facts["folders"] == [str(dead), str(old / f"pid.{gone.pid}")]
         assert "code 213" in finding.value
-        assert doctor.mend(finding).fixed
+        assert diagnosis.mend(finding).fixed
         assert not dead.exists()
         assert live.exists()
         assert other.exists()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "cifs", "smb", "ceph", "9p", "fuse.", "afs", "panfs", "orangefs")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkvmpi.cluster import node_installation
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor import node_installation
+from rwkvmpi.doctor.diagnosis import Finding
 
 LIMIT_S = 10
 SHOWN_PARTITIONS = 8

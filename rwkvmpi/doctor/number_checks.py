@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvmpi.cluster.affinity import threads_per_rank
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 SOURCE_TREE = Path(__file__).parents[2]
 TOLERANCE = 1e-5  # relative to the largest number of the result

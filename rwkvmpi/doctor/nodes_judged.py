@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rwkvmpi.cluster.doctor import Finding
-from rwkvmpi.cluster.nodes_compare import CLOCK_WARN_S, Facts, few, grouped
-from rwkvmpi.cluster.nodes_folder import SLOW_S
+from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.nodes_compare import CLOCK_WARN_S, Facts, few, grouped
+from rwkvmpi.doctor.nodes_folder import SLOW_S
 
 CACHES = (
     "the file system keeps what it knows for a while (NFS: actimeo, acdirmax): STOP files and `status` are seen that "

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rwkvmpi.cluster import affinity, pinning
-from rwkvmpi.cluster.doctor import Finding
 from rwkvmpi.cluster.launcher import launch_facts
+from rwkvmpi.doctor.diagnosis import Finding
 
 FEWER = "set OMP_NUM_THREADS to cores / ranks on the node, or leave it out; start at most one rank per core"
 SHOWN_RANKS = 16

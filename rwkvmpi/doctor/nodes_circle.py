@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rwkvmpi.cluster.node_bounded import Hung, Work
+from rwkvmpi.doctor.node_bounded import Hung, Work
 from rwkvmpi.errors import UserError
 
 SILENCE_S = 120.0  # while Python loads a library from a slow file system, nothing else of it runs

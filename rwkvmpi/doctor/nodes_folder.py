@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rwkvmpi.cluster.node_disks import mount_of
-from rwkvmpi.cluster.nodes_circle import Answer, Circle
+from rwkvmpi.doctor.node_disks import mount_of
+from rwkvmpi.doctor.nodes_circle import Answer, Circle
 from rwkvmpi.errors import UserError
 from rwkvmpi.store.lock import RunLock
 

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from rwkvmpi.cluster import mpi
-from rwkvmpi.cluster.nodes_circle import Circle
+from rwkvmpi.doctor.nodes_circle import Circle
 
 SILENCE_S = 5.0
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rwkvmpi.cluster import affinity, doctor, mpi, node_disks, node_files, node_installation, node_limits
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.cluster import affinity, mpi
 from rwkvmpi.cluster.launcher import launch_facts
-from rwkvmpi.cluster.node_bounded import Hung, bounded
+from rwkvmpi.doctor import diagnosis, node_disks, node_files, node_installation, node_limits
+from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.node_bounded import Hung, bounded
 from rwkvmpi.errors import UserError
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -40,7 +41,7 @@ def of_this_rank() -> dict[str, Any]:
 
 def of_this_node(folder: Path, model: str | None, tokenizer: str) -> dict[str, Any]:
     """What has to be compared between nodes. "trouble": what could not be found out, and why."""
-    from rwkvmpi.cluster.machine_checks import processor_name
+    from rwkvmpi.doctor.machine_checks import processor_name
 
     facts: dict[str, Any] = {"package": str(node_installation.PACKAGE), "trouble": {}}
     parts: dict[str, Callable[[], Any]] = {
@@ -66,17 +67,17 @@ def of_this_node(folder: Path, model: str | None, tokenizer: str) -> dict[str, A
 def own_findings(folder: Path, fix: bool, alone: bool) -> list[Finding]:
     """This node's own checks, mended where that is asked for: what is every node's own, and by one of them, `alone`,
     what they may share."""
-    from rwkvmpi.cluster.nodes_judged import elsewhere
+    from rwkvmpi.doctor.nodes_judged import elsewhere
 
     found = []
-    for name, check in doctor.checks_of_a_node(folder):
+    for name, check in diagnosis.checks_of_a_node(folder):
         try:
-            told = bounded(lambda name=name, check=check: list(doctor.examine(name, check)), LIMIT_S)  # type: ignore[misc]
+            told = bounded(lambda name=name, check=check: list(diagnosis.examine(name, check)), LIMIT_S)  # type: ignore[misc]
         except Hung as hung:
             told = [Finding(name, "fail", str(hung), "look at this node's file systems (df) and at dmesg")]
         for finding in told:
             may = alone or name in EACH_ITS_OWN
-            mended = doctor.mend(finding) if fix and may else finding
+            mended = diagnosis.mend(finding) if fix and may else finding
             found.append(dataclasses.replace(mended, fix=elsewhere if mended.fix and may else None))
     return found
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 LIMIT_S = 20
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")

@@ -13,19 +13,11 @@ from pathlib import Path
 import pytest
 from sysfs_tree import LINK_LOCAL, add_interface, add_pci, add_port, mapped, roce_gids, write
 
-from rwkvmpi.cluster import (
-    device_probe,
-    doctor,
-    fabric_checks,
-    fabric_counters,
-    fabric_env,
-    fabric_library,
-    fabric_pairs,
-    rdma,
-)
-from rwkvmpi.cluster.doctor import Finding
-from rwkvmpi.cluster.fabric_library import Library
-from rwkvmpi.cluster.fabric_pairs import Place
+from rwkvmpi.cluster import device_probe, rdma
+from rwkvmpi.doctor import diagnosis, fabric_checks, fabric_counters, fabric_env, fabric_library, fabric_pairs
+from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.fabric_library import Library
+from rwkvmpi.doctor.fabric_pairs import Place
 
 SWITCH = "pci0000:15/0000:15:01.0"
 NIC, GPU = f"{SWITCH}/0000:16:00.0/0000:16:01.0", f"{SWITCH}/0000:17:00.0"
@@ -189,7 +181,7 @@ def test_whether_mpi_takes_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_check_falls_over(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fabric_library, "find", lambda: OPEN_MPI)
-    found = [finding for name, check in fabric_checks.checks(node) for finding in doctor.examine(name, check)]
+    found = [finding for name, check in fabric_checks.checks(node) for finding in diagnosis.examine(name, check)]
     assert not [finding.value for finding in found if finding.status == "fail"]
     assert {"port mlx5_0:1", "device files", "pyverbs", "rank 0 takes", "MPI", "settings"} <= set(by_name(found))
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rwkvmpi import __version__
-from rwkvmpi.cluster import mpi, node_installation, thread_checks
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.cluster import mpi
 from rwkvmpi.cluster.launcher import launch_facts
-from rwkvmpi.cluster.machine_checks import processor_name
+from rwkvmpi.doctor import node_installation, thread_checks
+from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.machine_checks import processor_name
 
 PROBE_RANKS = 2
 PROBE_LIMIT_S = 90

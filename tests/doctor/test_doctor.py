@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import rwkvmpi
-from rwkvmpi.cluster import affinity, doctor, machine_checks, number_checks, pinning, thread_checks
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.cluster import affinity, pinning
+from rwkvmpi.doctor import diagnosis, machine_checks, number_checks, thread_checks
+from rwkvmpi.doctor.diagnosis import Finding
 from rwkvmpi.errors import UserError
 
 PACKAGE = Path(rwkvmpi.__file__).parents[1]
@@ -27,7 +28,7 @@ def test_a_missing_folder_is_created_only_when_asked(tmp_path: Path) -> None:
     (finding,) = machine_checks.run_folder(folder)
     assert finding.status == "fail"
     assert not folder.exists()
-    mended = doctor.mend(finding)
+    mended = diagnosis.mend(finding)
     assert (mended.status, mended.fixed) == ("ok", True)
     assert statuses(machine_checks.run_folder(folder))["folder"] != "fail"
     assert list(folder.iterdir()) == []
@@ -36,7 +37,7 @@ def test_a_missing_folder_is_created_only_when_asked(tmp_path: Path) -> None:
 def test_a_fix_that_fails_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (finding,) = machine_checks.run_folder(tmp_path / "file" / "below")
-    mended = doctor.mend(finding)
+    mended = diagnosis.mend(finding)
     assert mended.status == "fail"
     assert "--fix failed: [Errno 20]" in mended.value
     (finding,) = machine_checks.run_folder(tmp_path / "file")
@@ -51,8 +52,8 @@ def test_a_check_that_falls_over_is_a_finding() -> None:
     def broken():
         raise ZeroDivisionError("oh")
 
-    assert [f.value for f in doctor.examine("a", mistaken)] == ["fine", "the file x is missing; name another"]
-    (finding,) = doctor.examine("b", broken)
+    assert [f.value for f in diagnosis.examine("a", mistaken)] == ["fine", "the file x is missing; name another"]
+    (finding,) = diagnosis.examine("b", broken)
     assert finding.status == "fail"
     assert "ZeroDivisionError: oh" in finding.value
 

@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rwkvmpi.cluster import affinity, node_limits
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.cluster import affinity
+from rwkvmpi.doctor import node_limits
+from rwkvmpi.doctor.diagnosis import Finding
 
 Facts = Mapping[str, Any]
 SHOWN = 6

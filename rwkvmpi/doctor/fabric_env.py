@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkvmpi.cluster import device_probe, fabric_counters, rdma
+from rwkvmpi.cluster import device_probe, rdma
 from rwkvmpi.cluster.rdma import SYS, Port
+from rwkvmpi.doctor import fabric_counters
 
 WIDTH = 118
 RETRIES_LOSSLESS, RETRIES_LOSSY = 4, 6

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkvmpi.cluster import machine_checks, mpi, nodes_compare, nodes_facts, nodes_folder, nodes_judged, nodes_network
-from rwkvmpi.cluster.doctor import Finding, examine, mend
+from rwkvmpi.cluster import mpi
 from rwkvmpi.cluster.launcher import launch_facts
-from rwkvmpi.cluster.node_bounded import bounded
-from rwkvmpi.cluster.nodes_circle import SILENCE_S, Answer, Circle
+from rwkvmpi.doctor import machine_checks, nodes_compare, nodes_facts, nodes_folder, nodes_judged, nodes_network
+from rwkvmpi.doctor.diagnosis import Finding, examine, mend
+from rwkvmpi.doctor.node_bounded import bounded
+from rwkvmpi.doctor.nodes_circle import SILENCE_S, Answer, Circle
 
 LONG_S = 1800.0  # of work that says by itself when it does not go on
 LOOK_AT = "look at that node: is it up, does `df` return, what does dmesg say?"
@@ -131,7 +132,7 @@ class AllRanks:
         answers = self._circle.collect("importing torch", lambda: __import__("torch") and None)
         whole = self._circle.tell(not any(answer.trouble for answer in answers))
         if whole:
-            from rwkvmpi.cluster import thread_checks
+            from rwkvmpi.doctor import thread_checks
 
             found = list(thread_checks.of_all_ranks(self._circle))
             for finding in found if self._rank == 0 else ():
@@ -178,7 +179,7 @@ class AllRanks:
             if any(sizes.values()):
                 yield from nodes_compare.files(sizes, {})
             return
-        from rwkvmpi.cluster import node_files
+        from rwkvmpi.doctor import node_files
 
         def work() -> Any:
             return node_files.digests(node_files.sizes(self._model, self._tokenizer))
@@ -192,7 +193,7 @@ class AllRanks:
                 yield _unanswered(node, answers[rank])
         yield from nodes_compare.files(sizes, {node: answers[rank].value or {} for rank, node in self._leaders.items()})
         if self._model is not None:
-            from rwkvmpi.cluster import number_checks
+            from rwkvmpi.doctor import number_checks
 
             if "error" in sizes.get(self._nodes[0], {}).get("model", {}):
                 return  # told already

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from rwkvmpi.cluster.node_bounded import bounded
+from rwkvmpi.doctor.node_bounded import bounded
 from rwkvmpi.errors import UserError
 
 BLOCK = 8 << 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rwkvmpi
-from rwkvmpi.cluster import gpu_checks
+from rwkvmpi.doctor import gpu_checks
 from rwkvmpi.ops.cuda import library
 
 PACKAGE = Path(rwkvmpi.__file__).parents[1]
@@ -32,7 +32,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute ==
 }
 """
 PROGRAM = """
-from rwkvmpi.cluster import gpu_checks
+from rwkvmpi.doctor import gpu_checks
 print([(f.name, f.status, f.value, f.remedy) for f in gpu_checks.gpus()])
 """
 

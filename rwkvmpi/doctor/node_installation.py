@@ -16,7 +16,7 @@ from typing import Any
 
 from rwkvmpi import __version__
 from rwkvmpi.cluster import mpi
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 PACKAGES = (
     *("torch", "numpy", "h5py", "mpi4py", "pyzmq", "pydantic", "click", "rich", "zstandard", "pyarrow", "tokenizers"),
@@ -69,7 +69,7 @@ def gpus() -> dict[str, str]:
     """The GPUs of this node as the driver shows them, the driver, and CUDA."""
     import torch
 
-    from rwkvmpi.cluster import gpu_checks
+    from rwkvmpi.doctor import gpu_checks
     from rwkvmpi.ops.cuda import library
 
     number = library.driver_version()
@@ -103,7 +103,7 @@ def system() -> dict[str, str]:
 @functools.cache
 def library_of_a_run() -> Any:
     """The MPI library that a run started here would use (a fabric_library.Library), or why there is none."""
-    from rwkvmpi.cluster import fabric_library
+    from rwkvmpi.doctor import fabric_library
 
     return fabric_library.find()
 

@@ -12,10 +12,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkvmpi.cluster import fabric_counters, fabric_library, rdma
-from rwkvmpi.cluster.doctor import Check, Finding
-from rwkvmpi.cluster.fabric_library import Library
+from rwkvmpi.cluster import rdma
 from rwkvmpi.cluster.rdma import SYS, Port
+from rwkvmpi.doctor import fabric_counters, fabric_library
+from rwkvmpi.doctor.diagnosis import Check, Finding
+from rwkvmpi.doctor.fabric_library import Library
 from rwkvmpi.errors import UserError
 
 DEVICES = Path("/dev/infiniband")

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkvmpi.cluster import doctor, fabric_checks, fabric_counters, fabric_library, rdma
-from rwkvmpi.cluster.doctor import Finding
-from rwkvmpi.cluster.fabric_counters import Heaps
+from rwkvmpi.cluster import rdma
 from rwkvmpi.cluster.launcher import launch_facts
 from rwkvmpi.cluster.rdma import Port
 from rwkvmpi.cluster.waiting import quiet_barrier
+from rwkvmpi.doctor import diagnosis, fabric_checks, fabric_counters, fabric_library
+from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.fabric_counters import Heaps
 from rwkvmpi.errors import UserError
 
 SHOWN_RANKS = 16
@@ -115,7 +116,7 @@ def _of_other_nodes(comm: Any, places: list[Place]) -> Iterator[Finding]:
     findings: list[Finding] = []
     if comm.rank != 0 and firsts[platform.node()] == comm.rank:
         for name, check in fabric_checks.checks():
-            findings += [finding for finding in doctor.examine(name, check) if finding.status != "ok"]
+            findings += [finding for finding in diagnosis.examine(name, check) if finding.status != "ok"]
     gathered = comm.gather([(f.name, f.status, f.value, f.remedy) for f in findings])
     if comm.rank != 0:
         return

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkvmpi.cluster.doctor import Finding
+from rwkvmpi.doctor.diagnosis import Finding
 
 # Open MPI 5 and PRRTE: ompi.PID, prte.PID; older ones: ompi.HOST.USER/pid.PID
 _OF_A_PROCESS = re.compile(r"(?:ompi|prte|prted|prterun|pmix|openmpi)\.(\d+)$")

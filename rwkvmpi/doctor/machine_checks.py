@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rwkvmpi import __version__
 from rwkvmpi.cluster import affinity
-from rwkvmpi.cluster.doctor import Finding
 from rwkvmpi.cluster.launcher import launch_facts, slurm_job_id, slurm_seconds_left
 from rwkvmpi.cluster.logs import duration
+from rwkvmpi.doctor.diagnosis import Finding
 
 NEEDED = ("numpy", "h5py", "pydantic", "click", "rich", "zstandard", "pyarrow", "tokenizers", "pyrwkv_tokenizer")
 FREE_ENOUGH = 2 << 30
