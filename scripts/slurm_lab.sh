@@ -8,11 +8,12 @@
 #     scripts/slurm_lab.sh down                                       end jobs and daemons, remove the folder
 #     scripts/slurm_lab.sh run [-n NODES] [-c CPUS] -- COMMAND ...    up, COMMAND with SLURM_CONF set, down
 #
-# One slurmctld, a munged of its own and NODES slurmd (4 unless told) of CPUS processors each (16 unless told: they are
-# promised, not there) run under the user who asks, without systemd, cgroups or a database. SLURM_LAB names the folder
-# (build/slurm-lab unless told): two folders are two laboratories side by side, on ports of their own. The partition
-# `batch` is the default; jobs in `urgent` take its nodes away, and what they displace is told by its --signal, gets
-# some seconds to commit, and is queued again. What takes Slurm minutes takes seconds here: see the settings below.
+# One slurmctld, a munged of its own and NODES slurmd (4 unless told) run under the user who asks, without systemd,
+# cgroups or a database. Every node has CPUS processors (16 unless told) and 8 GPUs, which are promised, not there.
+# SLURM_LAB names the folder (build/slurm-lab unless told): two folders are two laboratories side by side, on ports of
+# their own. The partition `batch` is the default; jobs in `urgent` take its nodes away, and what they displace is told
+# by its --signal, gets some seconds to commit, and is queued again. What takes Slurm minutes takes seconds here: see
+# the settings below.
 #
 # Exit code of run: that of COMMAND; 125: the laboratory itself failed; 126: it cannot be had here, and why.
 # Slurm comes from Debian's or Ubuntu's packages; installing them takes root or a sudo that asks nothing, once.
@@ -106,6 +107,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmdParameters=config_overrides
 PropagateResourceLimitsExcept=MEMLOCK
+GresTypes=gpu
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -126,7 +128,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 END
     for ((node = 1; node <= NODES; node++)); do
-        echo "NodeName=n$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=$CPUS State=UNKNOWN"
+        echo "NodeName=n$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=$CPUS Gres=gpu:8 State=UNKNOWN"
     done
     echo "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20"
     echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF"
@@ -180,6 +182,9 @@ start() {
     chmod 755 "$LAB" # munged's conditions for the folder of its socket
     (umask 077 && head -c 1024 /dev/urandom >"$LAB/munge.key")
     write_settings "$port" >"$CONF" || return 1
+    # GPUs for Slurm to count: any files will do
+    mkdir "$LAB/gpu" && touch "$LAB"/gpu/nvidia{0..7} || return 1
+    echo "Name=gpu File=$LAB/gpu/nvidia[0-7]" >"$LAB/gres.conf"
     # newer ones use cgroups for more than tracking processes, and know this word
     [[ $(slurmd -V) =~ \ (2[4-9]|[3-9][0-9]|23\.11) ]] && echo CgroupPlugin=disabled >"$LAB/cgroup.conf"
     # every node has a folder for temporary files, as if it were a machine
@@ -266,8 +271,9 @@ lose() {
 
 mend() {
     [ -d "$LAB/spool/$1" ] || failed "no node $1 in $LAB"
-    [ -n "$(marked "SLURM_LAB_DAEMON=$LAB" "SLURM_LAB_NODE=$1")" ] || start_node "$1" ||
-        failed "slurmd of $1 does not start"
+    [ -z "$(marked "SLURM_LAB_DAEMON=$LAB" "SLURM_LAB_NODE=$1")" ] || return 0
+    find "$LAB/tmp/$1" -mindepth 1 -delete # as a machine that starts does
+    start_node "$1" || failed "slurmd of $1 does not start"
 }
 
 # End whatever is left, with TERM and then with KILL, and remove the folder if it is a laboratory's.

@@ -41,4 +41,6 @@ say "tests that start ranks"
 python -m pytest -q -n 2 -m "parallel and not thorough" # two at a time: ranks wait as much as they compute
 say "RDMA in the RoCE laboratory"
 scripts/roce_tests.sh --short -e qemu -t 300 || { code=$? && [ "$code" = 126 ]; } || exit "$code" # 126: it cannot be had here
+say "jobs in the Slurm laboratory"
+python scripts/slurm_scenarios.py --short || { code=$? && [ "$code" = 126 ]; } || exit "$code"
 say "all passed"

@@ -20,7 +20,7 @@ from rwkvmpi.cluster.launcher import launch_facts
 
 LIMIT_S = 60
 # run by a child: MPI starts as a world of one
-CHILD = "import json; from mpi4py import MPI; from rwkvmpi.cluster import fabric_library as l; print(l.as_json())"
+CHILD = "import json; from mpi4py import MPI; from rwkvmpi.doctor import fabric_library as l; print(l.as_json())"
 # where Open MPI keeps the kind and the name of the component that it chose: after three numbers and a project's name
 # of 16 bytes and three numbers more; then 32 bytes, and three numbers
 _KIND_AT, _NAME_AT, _NAME_ROOM = 40, 84, 64

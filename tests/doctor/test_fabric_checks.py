@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from launching import mpirun
 from sysfs_tree import LINK_LOCAL, add_interface, add_pci, add_port, mapped, roce_gids, write
 
 from rwkvmpi.cluster import device_probe, rdma
@@ -329,3 +330,11 @@ def test_neighbours_are_timed(rwkvmpi: Callable[..., subprocess.CompletedProcess
     assert (pair["name"], pair["status"]) == ("ranks 0-1", "ok")
     assert 0 < pair["facts"]["latency_s"] < 0.1
     assert pair["facts"]["bytes_per_second"] > 1e6
+
+
+def test_the_library_that_a_run_would_load_is_found() -> None:
+    if mpirun() is None:
+        pytest.skip("needs an MPI library: the extra [mpi]")
+    library = fabric_library.find()
+    assert isinstance(library, Library), library
+    assert Path(library.path).exists()
