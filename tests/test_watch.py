@@ -67,6 +67,13 @@ def write(run: RunFolder, *samples: dict[str, Any]) -> None:
         files.write_sample(run.path, one["rank"], encode(one))
 
 
+@pytest.fixture(autouse=True)
+def size_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the terminal alone: where Python has GNU's readline, it sets these for the workers of pytest-xdist."""
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run of four ranks that this process seems to hold, with a commit and what rank 0 says of it."""

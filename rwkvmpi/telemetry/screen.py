@@ -77,6 +77,8 @@ def draw(
     above += [_cut(words, width, "yellow") for words in facts["words"]]
     if facts["note"]:
         above.append(_cut(facts["note"], width, "yellow"))
+    if height is not None:
+        above = above[: max(1, height - 1)]  # the last line says how to leave
     rows = len(order) if height is None else max(0, height - len(above) - 2)  # the table's titles, and the last line
     shown = order[:rows]
     below = []
