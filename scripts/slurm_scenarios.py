@@ -4,7 +4,7 @@ the same bits as those of an undisturbed run.
     python scripts/slurm_scenarios.py                                 the scenarios of tests/slurm
     python scripts/slurm_scenarios.py --random 30 --seed 1            and 30 runs interrupted at random
     python scripts/slurm_scenarios.py --random 30 --only random       those alone
-    python scripts/slurm_scenarios.py --short                         one of each kind, in a minute or two
+    python scripts/slurm_scenarios.py --short                         a few, in a minute
 
 Starts the laboratory of scripts/slurm_lab.sh, prints a table, writes it as JSON with --json, and exits 1 when anything
 differs or fails, 126 where the laboratory cannot be had.
@@ -32,7 +32,6 @@ SHORT = (
     "test_launchers.py::test_srun_pmix_after_a_look_at_the_nodes",
     "test_launchers.py::test_srun_pmi2_with_mpich",
     "test_interruptions.py::test_the_time_limit",
-    "test_interruptions.py::test_a_lost_node[mpirun-of a rank]",
     "test_arrays_and_chains.py::test_an_array_and_its_merge",
     "test_arrays_and_chains.py::test_a_chain_and_one_whose_first_link_fails",
 )
@@ -46,7 +45,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["tests", "random"])
     parser.add_argument("--side-by-side", type=int, default=4, help="jobs at a time (4); they wait more than they work")
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--short", action="store_true", help="one scenario of each kind")
+    parser.add_argument("--short", action="store_true", help="a few scenarios")
     arguments = parser.parse_args()
     laboratory = os.environ.get("SLURM_LAB", "")
     if not laboratory or os.environ.get("SLURM_CONF") != f"{laboratory}/slurm.conf":

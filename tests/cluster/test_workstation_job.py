@@ -18,7 +18,7 @@ from mpirun_ranks import MPIRUN, environment, wait_until
 from rwkvmpi.store.digest import content_digest
 
 JOBS = Path(__file__).parents[2] / "jobs"
-LENGTHS = [60_000, 700]
+LENGTHS = [400_000, 700]
 pytestmark = [pytest.mark.parallel, pytest.mark.skipif(MPIRUN is None, reason="no mpirun on this machine")]
 
 

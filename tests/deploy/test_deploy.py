@@ -67,6 +67,7 @@ def test_each_node_is_set_up_and_mpirun_joins_them(nodes: Nodes, model: Path) ->
     assert results(again.stdout) == {"n1": "unchanged", "n2": "unchanged", "n9": "failed"}, again.stdout
 
 
+@pytest.mark.thorough
 def test_one_installation_for_all(nodes: Nodes) -> None:
     """On a file system that both nodes see; deploy.sh itself compares mpirun's result with that of one rank."""
     before = nodes.ssh("n1", "cat /proc/net/dev | grep eth0").split()[9]

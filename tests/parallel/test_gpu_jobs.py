@@ -50,7 +50,7 @@ def test_grids_and_restarts_give_the_same_bits(
     assert 'dtype = "bfloat16"' in job
 
 
-@pytest.mark.parametrize("task", ["embed", "read"])
+@pytest.mark.parametrize("task", ["embed", pytest.param("read", marks=pytest.mark.thorough)])
 def test_other_tasks(
     task: str,
     model: Path,

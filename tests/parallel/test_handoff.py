@@ -44,7 +44,7 @@ def documents(tmp_path):
     ("version", "dtype", "grids", "tasks"),
     [
         ("7", "float32", ["alone", "ring", "stages"], ["score", "embed"]),
-        ("7", "bfloat16", ["ring"], ["score"]),
+        pytest.param("7", "bfloat16", ["ring"], ["score"], marks=pytest.mark.thorough),
         pytest.param("4", "float32", ["stages"], [], marks=pytest.mark.thorough),
         pytest.param("6", "int8", ["alone"], [], marks=pytest.mark.thorough),
     ],

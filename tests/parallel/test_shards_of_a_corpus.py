@@ -69,6 +69,7 @@ def test_parts_on_other_grids_one_of_them_killed(rwkvmpi, small_model, write_doc
     assert "is finished: 8 documents" in rwkvmpi(*arguments, "-o", runs / "all").stderr
 
 
+@pytest.mark.thorough
 def test_more_parts_than_documents_and_going_on_from_what_was_merged(rwkvmpi, small_model, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
