@@ -88,16 +88,16 @@ main() {
     for folder in "${FOLDERS[@]}"; do mkdir -p "$PLACE/debian$folder" && binds+=,$folder; done
     chroot "$PLACE/unstable" id -u $USER_INSIDE >/dev/null 2>&1 ||
         chroot "$PLACE/unstable" useradd --create-home $USER_INSIDE
-    rm -f "$PLACE/rwkvmpi.sif" && install -d -m 777 "$PLACE/work"
-    inside 0 apptainer --silent build --force "$PLACE/work/debian.sif" "$PLACE/debian"
+    rm -f "$PLACE/rwkvmpi.sif" && install -d -m 777 "$PLACE/scratch"
+    inside 0 apptainer --silent build --force "$PLACE/scratch/debian.sif" "$PLACE/debian"
     inside ${#FOLDERS[@]} "${FOLDERS[@]}" setpriv --reuid $USER_INSIDE --regid $USER_INSIDE --init-groups \
-        env -i PATH="$PATH" HOME=/home/$USER_INSIDE APPTAINER_TMPDIR="$PLACE/work" \
+        env -i PATH="$PATH" HOME=/home/$USER_INSIDE APPTAINER_TMPDIR="$PLACE/scratch" \
         apptainer build --force --bind "$binds" \
-        --build-arg bootstrap=localimage --build-arg base="$PLACE/work/debian.sif" "$@" \
-        "$PLACE/work/rwkvmpi.sif" jobs/container/rwkvmpi.def
-    chown 0:0 "$PLACE/work/rwkvmpi.sif"
-    mv "$PLACE/work/rwkvmpi.sif" "$PLACE/rwkvmpi.sif"
-    rm -rf "$PLACE/work"
+        --build-arg bootstrap=localimage --build-arg base="$PLACE/scratch/debian.sif" "$@" \
+        "$PLACE/scratch/rwkvmpi.sif" jobs/container/rwkvmpi.def
+    chown 0:0 "$PLACE/scratch/rwkvmpi.sif"
+    mv "$PLACE/scratch/rwkvmpi.sif" "$PLACE/rwkvmpi.sif"
+    rm -rf "$PLACE/scratch"
 }
 
 main "$@"

@@ -54,7 +54,9 @@ class Activity:
         now = time.monotonic_ns()
         if ended.rank is not None:
             self.waited_s[ended.rank] = self.waited_s.get(ended.rank, 0.0) + (now - ended.since_ns) / 1e9
-        self.record(MAIN, f"waits for {ended.what}", ended.since_ns, now, -1, -1 if ended.rank is None else ended.rank)
+        if self.recorder is not None:
+            rank = -1 if ended.rank is None else ended.rank
+            self.recorder.add(MAIN, f"waits for {ended.what}", ended.since_ns, now, -1, rank)
 
     def record(self, track: int, name: str, begun_ns: int, ended_ns: int, a: int = -1, b: int = -1) -> None:
         """Into the trace, if there is one; see Recorder.add."""

@@ -12,6 +12,7 @@ from rwkvmpi.corpus.index import compare_fingerprints
 from rwkvmpi.errors import UserError
 from rwkvmpi.store.files import dump_json, read_json, write_durably
 from rwkvmpi.store.run_folder import RunFolder
+from rwkvmpi.telemetry.trace import trace_folder
 
 # What tells the parts of one corpus apart: number and count of parts; its first document, the one after its last, and
 # how many the whole has. Both are null in a run that reads everything.
@@ -80,6 +81,8 @@ def check_identity(run: RunFolder, identity: Mapping[str, Any]) -> None:
 
 
 def clear(run: RunFolder) -> None:
-    """--force: remove results, commits and shards of the job that was here before; the lock is held."""
-    for path in [run.success, run.results, identity_path(run), run.job_toml, *run.commit_paths(), *run.shard_paths()]:
+    """--force: remove results, commits, shards and trace of the job that was here before; the lock is held."""
+    paths = [run.success, run.results, identity_path(run), run.job_toml, *run.commit_paths(), *run.shard_paths()]
+    trace = trace_folder(run.path)
+    for path in [*paths, *trace.glob("*.events"), *trace.glob("*.json")]:
         path.unlink(missing_ok=True)

@@ -58,7 +58,8 @@ class TraceRecorder:
         """See grid.activity.Recorder."""
         number = self._names.get(name)
         if number is None:
-            number = self._names.setdefault(name, len(self._names))
+            with self._lock:  # two threads with new names must not get one number
+                number = self._names.setdefault(name, len(self._names))
         self._events.append((track, number, begun_ns, ended_ns, a, b))
         if len(self._events) >= FLUSH_EVENTS:
             self.flush()
@@ -66,7 +67,8 @@ class TraceRecorder:
     def flush(self) -> None:
         """Write what has been added."""
         with self._lock, self._quietly():
-            events, self._events = self._events, []
+            events = self._events[:]
+            del self._events[: len(events)]  # of the same list: another thread may be adding to it
             if not (self._open and events):
                 return
             room = MAX_EVENTS - self._written

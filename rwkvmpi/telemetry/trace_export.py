@@ -18,6 +18,7 @@ import numpy as np
 
 from rwkvmpi.errors import UserError
 from rwkvmpi.grid.activity import COMMITS, HOPS, MAIN, WRITER
+from rwkvmpi.store.files import remove_quietly
 from rwkvmpi.telemetry.trace import COLUMNS, FORMAT_VERSION, trace_folder
 
 _NAME = re.compile(r"(\d{4,})-(\d{5,})\.events")
@@ -81,7 +82,7 @@ def export_trace(run: Path, output: Path | None = None) -> Path:
             _write(file, traces)
         temporary.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
         raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another file with -o") from None
     return output
 
@@ -99,9 +100,9 @@ def _write(file: IO[str], traces: list[RankTrace]) -> None:
 
 
 def _first(trace: RankTrace) -> int | None:
-    """When its first event begins, by its own clock; None when it has none."""
-    firsts = [int(rows[:, 2].min()) for rows in trace.events() if len(rows)]
-    return min(firsts, default=None)
+    """When its first event begins, by its own clock; None when it has none. What began first ended among the first."""
+    rows = next(trace.events(), None)
+    return int(rows[:, 2].min()) if rows is not None and len(rows) else None
 
 
 def _events_of(trace: RankTrace, zero: int) -> Iterator[dict[str, Any]]:

@@ -57,8 +57,8 @@ node() {
     done
     umount /etc/hosts
     for place in etc usr var; do # what is installed here stays here
-        mkdir -p "/mnt/upper/$place" "/mnt/work/$place"
-        mount -t overlay node -o "lowerdir=/$place,upperdir=/mnt/upper/$place,workdir=/mnt/work/$place" "/$place"
+        mkdir -p "/mnt/upper/$place" "/mnt/scratch/$place"
+        mount -t overlay node -o "lowerdir=/$place,upperdir=/mnt/upper/$place,workdir=/mnt/scratch/$place" "/$place"
     done
     cat /mnt/lab/hosts >/etc/hosts
     printf 'n%d\n' "$number" >/etc/hostname

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 from rwkvmpi.errors import UserError
 from rwkvmpi.grid.activity import COMMITS, HOPS, MAIN, WRITER, Activity
+from rwkvmpi.store.identity import clear
+from rwkvmpi.store.run_folder import RunFolder
 from rwkvmpi.telemetry import trace
 from rwkvmpi.telemetry.trace import TraceRecorder
 from rwkvmpi.telemetry.trace_export import export_trace
@@ -84,6 +88,42 @@ def test_the_last_start_is_exported_and_a_full_or_unwritable_trace_harms_nothing
     nowhere = recorder(tmp_path / "file")
     nowhere.add(MAIN, "x", 0, 1)
     nowhere.close()
+
+
+def test_threads_that_add_at_once_lose_nothing_and_share_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(trace, "FLUSH_EVENTS", 7)
+    record = recorder(tmp_path)
+
+    def add(thread: int) -> None:
+        for number in range(3000):
+            record.add(MAIN, f"{thread}: {number}", number, number + 1, thread * 3000 + number)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    record.close()
+    found = sorted((event["args"]["chunk"], event["name"]) for event in exported(tmp_path))
+    assert found == [(t * 3000 + n, f"{t}: {n}") for t in range(4) for n in range(3000)]
+
+
+def test_force_throws_an_earlier_trace_away(tmp_path):
+    recorder(tmp_path).close()
+    assert exported(tmp_path) == []
+    clear(RunFolder(tmp_path))
+    with pytest.raises(UserError, match="has no trace"):
+        export_trace(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_to_is_told(tmp_path):
+    recorder(tmp_path).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .* name another file with -o"):
+        export_trace(tmp_path, tmp_path / "file" / "trace.json.gz")
 
 
 def test_waits_within_waits_count_for_their_ranks(tmp_path):
