@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from rwkvmpi.cluster.logs import duration
 from rwkvmpi.cluster.slurm_queue import QueueEntry, SlurmQueue
 from rwkvmpi.errors import UserError
 from rwkvmpi.store.run_folder import RunFolder
@@ -19,7 +20,6 @@ from rwkvmpi.telemetry.ranks import (
     amount,
     ranks_of,
     rate_of_all,
-    seconds,
     silence_limit,
     silent_ranks,
     stalls,
@@ -269,4 +269,4 @@ def _finished(found: dict[str, Any]) -> str:
     done, failed, tokens = (found.get(key) for key in ("documents_done", "documents_failed", "tokens_done"))
     what = f": {done:,} documents, {failed or 0:,} failed, {tokens:,} tokens" if done is not None else ""
     ago = found.get("finished_age_s")
-    return f"finished{f' {seconds(ago)} ago' if ago is not None and ago > 60 else ''}{what}"
+    return f"finished{f' {duration(ago)} ago' if ago is not None and ago > 60 else ''}{what}"

@@ -21,7 +21,7 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
     to run it again."""
     from rwkvmpi.store.parts import parts_status
     from rwkvmpi.store.status import status
-    from rwkvmpi.telemetry.ranks import printable
+    from rwkvmpi.telemetry.sample import printable
 
     single = len(runs) == 1 and not _holds_runs(runs[0])
     facts = status(runs[0]) if single else parts_status(list(runs))
@@ -34,7 +34,7 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts of store.status as text."""
-    from rwkvmpi.telemetry.ranks import seconds
+    from rwkvmpi.cluster.logs import duration
 
     state = facts["state"]
     known = {
@@ -42,14 +42,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
         "stopped": " (the same command line goes on from the last commit)",
     }
     if state == "finished" and facts["finished_age_s"] is not None:
-        known["finished"] = f" {seconds(facts['finished_age_s'])} ago"
+        known["finished"] = f" {duration(facts['finished_age_s'])} ago"
     shown = [f"{facts['run']}: {state}{known.get(state, '')}"]
     what = ", ".join(filter(None, [facts["task"], facts["shard"] and f"shard {facts['shard']}"]))
     if what:
         shown.append(f"  task       {what}")
     if state in ("running", "crashed") and facts["holder"]:
         silent = facts["holder_silent_s"]
-        old = f"; its last sign of life is {seconds(silent)} old" if silent and silent > OLD_AFTER_S else ""
+        old = f"; its last sign of life is {duration(silent)} old" if silent and silent > OLD_AFTER_S else ""
         shown.append(f"  by         {facts['holder']}{old}")
     elif state == "stopped" and facts["slurm_job"]:
         shown.append(f"  by         Slurm job {facts['slurm_job']}, the last time")
@@ -65,7 +65,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _how_far(facts: dict[str, Any]) -> list[str]:
-    from rwkvmpi.telemetry.ranks import seconds
+    from rwkvmpi.cluster.logs import duration
 
     shown = []
     committed = ", as of the last commit" if facts["state"] in ("stopped", "crashed") else ""
@@ -77,17 +77,18 @@ def _how_far(facts: dict[str, Any]) -> list[str]:
         shown.append(f"  tokens     {facts['tokens_done']:,}{committed}")
     if facts["commit"] is not None:
         every = facts["commit_every_s"]
-        often = f", {seconds(every)} after the one before" if every is not None else ""
-        shown.append(f"  commit     {facts['commit']}, {seconds(facts['commit_age_s'])} ago{often}")
+        often = f", {duration(every)} after the one before" if every is not None else ""
+        shown.append(f"  commit     {facts['commit']}, {duration(facts['commit_age_s'])} ago{often}")
     return shown
 
 
 def _how_fast(facts: dict[str, Any]) -> list[str]:
-    from rwkvmpi.telemetry.ranks import ENDED, seconds
+    from rwkvmpi.cluster.logs import duration
+    from rwkvmpi.telemetry.ranks import ENDED
 
     shown = []
     now, average = facts["rate_now"], facts["rate_average"]
-    rates = [f"{now:,.0f} tokens/s {seconds(facts['rate_now_age_s'])} ago"] if now is not None else []
+    rates = [f"{now:,.0f} tokens/s {duration(facts['rate_now_age_s'])} ago"] if now is not None else []
     rates += [f"{average:,.0f} tokens/s on average of the last start"] if average is not None else []
     if rates:
         shown.append(f"  rate       {', '.join(rates)}")
@@ -96,25 +97,25 @@ def _how_fast(facts: dict[str, Any]) -> list[str]:
     age, ranks = facts["progress_age_s"], facts["ranks"]
     if facts["seconds_left"] is not None:
         at = " at the average rate" if ranks and ranks["stalls"] else ""
-        shown.append(f"  left       about {seconds(facts['seconds_left'])}{at}")
+        shown.append(f"  left       about {duration(facts['seconds_left'])}{at}")
     if ranks is not None and ranks["ended"] == ranks["ranks"]:
         shown.append(f"  data       {ENDED}")
     elif facts["progress"] is None:
         shown.append("  data       none yet from this start: it still looks at the model and the input")
     elif age > OLD_AFTER_S:
-        shown.append(f"  data       {seconds(age)} old: rank 0 has written nothing since")
+        shown.append(f"  data       {duration(age)} old: rank 0 has written nothing since")
     return shown
 
 
 def _ranks(facts: dict[str, Any]) -> list[str]:
-    from rwkvmpi.telemetry.ranks import seconds
+    from rwkvmpi.cluster.logs import duration
 
     ranks = facts["ranks"]
     if ranks is None:
         return []
     if facts["state"] == "crashed":
         first = ranks["silent"][:1] if ranks["age_s"] - ranks["newest_age_s"] > OLD_AFTER_S else []
-        return [f"  silent     rank {r['rank']} ({r['host']}) first, for {seconds(r['age_s'])}" for r in first]
+        return [f"  silent     rank {r['rank']} ({r['host']}) first, for {duration(r['age_s'])}" for r in first]
     shown = []
     if ranks["known"] < ranks["ranks"]:
         shown.append(f"  ranks      of {ranks['known']:,} of {ranks['ranks']:,} there is a sample")
@@ -122,7 +123,9 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
         rate = slow["tokens_per_second"]
         shown.append(f"  slowest    rank {slow['rank']} ({slow['host']}), {rate:,.0f} tokens/s")
     if waiting := ranks["most_waiting"]:
-        shown.append(f"  waited     rank {waiting['rank']} ({waiting['host']}) longest, {seconds(waiting['waited_s'])}")
+        shown.append(
+            f"  waited     rank {waiting['rank']} ({waiting['host']}) longest, {duration(waiting['waited_s'])}"
+        )
     stalled = [f"  stalled    {sentence}" for sentence in ranks["stalls"][:5]]
     if ranks["silent"]:
         stalled.insert(1, f"             its log: {ranks['silent'][0]['log']}")

@@ -166,10 +166,14 @@ def quantity(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: 45 s, 12 min, 3.5 h."""
-    if seconds < 90:
+    """Seconds for reading: 0.4 s, 45 s, 12 min, 3.5 h, 4 days."""
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds else "0 s"
+    if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
 
 
 class _Stderr(logging.Handler):

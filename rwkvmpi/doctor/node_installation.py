@@ -17,11 +17,9 @@ from typing import Any
 from rwkvmpi import __version__
 from rwkvmpi.cluster import mpi
 from rwkvmpi.doctor.diagnosis import Finding
+from rwkvmpi.doctor.machine_checks import NEEDED
 
-PACKAGES = (
-    *("torch", "numpy", "h5py", "mpi4py", "pyzmq", "pydantic", "click", "rich", "zstandard", "pyarrow", "tokenizers"),
-    *("pyrwkv_tokenizer", "psutil"),
-)
+PACKAGES = ("torch", "mpi4py", "pyzmq", "psutil", *NEEDED)
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("libmpi", "libucp", "libpmix", "libibverbs", "libfabric", "libcudart", "libcuda")
 DRIVER = Path("/proc/driver/nvidia/version")

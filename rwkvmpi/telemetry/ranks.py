@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rwkvmpi.cluster.logs import duration
 from rwkvmpi.telemetry.sample import Sample
 
 NETWORK_SILENCE_S = 5.0  # a sample comes every second
@@ -157,13 +158,13 @@ def stalls(ranks: Mapping[int, Rank], ages: Mapping[int, float], limit: float) -
         longest = max(waiting, key=lambda rank: rank.waits_since_s)
         who = numbers([rank.rank for rank in waiting])
         verb = "waits" if len(waiting) == 1 else "wait"
-        since = f"{verb} {'' if len(waiting) == 1 else 'up to '}{seconds(longest.waits_since_s)}"
+        since = f"{verb} {'' if len(waiting) == 1 else 'up to '}{duration(longest.waits_since_s)}"
         if cause is None:
             found.append(f"{who} {since} for each other")
         else:
             found.append(f"{who} {since} for {_cause(ranks, cause, ages, limit)}")
     alone.sort(key=lambda rank: -rank.waits_since_s)
-    found += [f"{named(r)} waits {seconds(r.waits_since_s)} for {r.waits_what or 'something'}" for r in alone]
+    found += [f"{named(r)} waits {duration(r.waits_since_s)} for {r.waits_what or 'something'}" for r in alone]
     return found
 
 
@@ -177,22 +178,6 @@ def numbers(ranks: list[int], most: int = 6) -> str:
     shown = ", ".join(map(str, ranks[:most]))
     more = f" and {len(ranks) - most:,} more" if len(ranks) > most else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
-
-
-def seconds(value: float) -> str:
-    """A time for reading: 0.4 s, 12 s, 3 min, 2.5 h, 4 days."""
-    if value < 10:
-        return f"{value:.1f} s"
-    if value < 120:
-        return f"{value:.0f} s"
-    if value < 7200:
-        return f"{value / 60:.0f} min"
-    return f"{value / 3600:.1f} h" if value < 172800 else f"{value / 86400:.0f} days"
-
-
-def printable(text: str) -> str:
-    """For a terminal: what could move its cursor or change its colours becomes a question mark."""
-    return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
 
 
 def amount(value: Any) -> float | None:
@@ -210,8 +195,8 @@ def whole(value: Any) -> int | None:
 def _silence(host: str, silent: list[int], ages: Mapping[int, float]) -> str:
     where = f" ({host})" if host else ""
     if len(silent) == 1:
-        return f"rank {silent[0]}{where} has been silent for {seconds(ages[silent[0]])}"
-    return f"{numbers(sorted(silent))}{where} have been silent for up to {seconds(ages[silent[0]])}"
+        return f"rank {silent[0]}{where} has been silent for {duration(ages[silent[0]])}"
+    return f"{numbers(sorted(silent))}{where} have been silent for up to {duration(ages[silent[0]])}"
 
 
 def _cause(ranks: Mapping[int, Rank], number: int, ages: Mapping[int, float], limit: float) -> str:

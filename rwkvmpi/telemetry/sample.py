@@ -58,6 +58,11 @@ def parse(data: bytes) -> Sample | None:
         return None
 
 
+def printable(text: str) -> str:
+    """For a terminal: what could move its cursor or change its colours becomes a question mark."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _clean(value: Any, depth: int) -> Any:
     """The JSON value within bounds, and its texts without anything that a terminal would obey."""
     if value is None or isinstance(value, bool):
@@ -72,7 +77,7 @@ def _clean(value: Any, depth: int) -> Any:
         return value
     if isinstance(value, str):
         text = value[:_MAX_TEXT]
-        return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+        return printable(text)
     if depth >= _MAX_DEPTH or len(value) > _MAX_ITEMS:
         raise ValueError("nested too deeply, or too many items")
     if isinstance(value, list):

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rwkvmpi.cluster.logs import quantity
-from rwkvmpi.telemetry.ranks import LONG_WAIT_S, Rank, printable, seconds
+from rwkvmpi.cluster.logs import duration, quantity
+from rwkvmpi.telemetry.ranks import LONG_WAIT_S, Rank
+from rwkvmpi.telemetry.sample import printable
 
 Sort = Literal["rank", "rate", "wait"]
 MAX_STALLS = 4
@@ -133,23 +134,23 @@ def _counts(facts: Mapping[str, Any]) -> list[Text]:
         pieces.append(Text(f"{quantity(facts['tokens_per_second_average'])} tokens/s on average"))
     if facts["seconds_left"] is not None:
         at = " at the average rate" if facts["stalls"] else ""
-        pieces.append(Text(f"about {seconds(facts['seconds_left'])} left{at}"))
+        pieces.append(Text(f"about {duration(facts['seconds_left'])} left{at}"))
     if (facts["job_age_s"] or 0.0) > _OLD_JOB_S:
-        pieces.append(Text(f"as of {seconds(facts['job_age_s'])} ago", "yellow"))
+        pieces.append(Text(f"as of {duration(facts['job_age_s'])} ago", "yellow"))
     return pieces
 
 
 def _times(facts: Mapping[str, Any]) -> list[Text]:
     pieces = []
     if facts["commit"] is not None:
-        pieces.append(Text(f"commit {facts['commit']}, {seconds(facts['commit_age_s'])} ago"))
+        pieces.append(Text(f"commit {facts['commit']}, {duration(facts['commit_age_s'])} ago"))
     elif facts["state"] == "running":
         pieces.append(Text("no commit yet"))
     if facts["slurm_seconds_left"] is not None:
-        pieces.append(Text(f"allocation ends in {seconds(facts['slurm_seconds_left'])}"))
+        pieces.append(Text(f"allocation ends in {duration(facts['slurm_seconds_left'])}"))
     if facts["way"] != "none" and facts["age_s"] is not None:
         way = "over the network" if facts["way"] == "network" else "from files"
-        pieces.append(Text(f"ranks {way}, heard {seconds(facts['age_s'])} ago"))
+        pieces.append(Text(f"ranks {way}, heard {duration(facts['age_s'])} ago"))
     elif facts["state"] == "running":
         pieces.append(Text("no samples of its ranks"))
     return pieces
@@ -191,7 +192,7 @@ def _table(ranks: list[Rank], ages: Mapping[int, float], silent: set[int], width
         waits_long = rank.waits and rank.waits_since_s >= LONG_WAIT_S
         style = "bold red" if rank.rank in silent else "yellow" if waits_long else "dim" if rank.over else ""
         cells = [Text(column.cell(rank)) for column in columns[:-1]]
-        table.add_row(*cells, Text(seconds(ages.get(rank.rank, 0.0))), style=style)
+        table.add_row(*cells, Text(duration(ages.get(rank.rank, 0.0))), style=style)
     return table
 
 
@@ -199,14 +200,14 @@ def _waits(rank: Rank) -> str:
     if not rank.waits:
         return ""
     whom = f"rank {rank.waits_for}, " if rank.waits_for is not None else ""
-    return f"{seconds(rank.waits_since_s)}: {whom}{rank.waits_what}"
+    return f"{duration(rank.waits_since_s)}: {whom}{rank.waits_what}"
 
 
 def _waited(rank: Rank) -> str:
     """Seconds waited so far for each neighbour, the longest first, and in all where something else was waited for."""
-    shown = [f"{number}: {seconds(value)}" for number, value in rank.neighbours if value >= 0.05]
+    shown = [f"{number}: {duration(value)}" for number, value in rank.neighbours if value >= 0.05]
     if rank.waited - sum(value for _, value in rank.neighbours) >= 0.05:
-        shown.insert(0, f"in all {seconds(rank.waited)}")
+        shown.insert(0, f"in all {duration(rank.waited)}")
     return ", ".join(shown)
 
 

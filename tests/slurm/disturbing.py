@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import time
@@ -20,9 +19,8 @@ def newest_commit(run: Path) -> int:
     return max((int(file.stem) for file in run.glob("commits/*.json")), default=0)
 
 
-def hold_while_reading(job: Job, after: int = 0, seconds: float = 120) -> int:
-    """Stop all ranks once there is a commit after `after`, and return its number; the document must not be over."""
-
+def hold_while_reading(job: Job, after: int = 0, seconds: float = 120) -> None:
+    """Stop all ranks once there is a commit after `after`; the document must not be over."""
     deadline = time.monotonic() + seconds
     ask = 0.0
     while newest_commit(job.run) <= after:
@@ -34,7 +32,6 @@ def hold_while_reading(job: Job, after: int = 0, seconds: float = 120) -> int:
         time.sleep(0.01)
     job.signal_ranks(signal.SIGSTOP)
     assert not (job.run / "SUCCESS").exists()
-    return newest_commit(job.run)
 
 
 def stop_while_reading(job: Job, stop: Callable[[], object], seconds: float = 40, after: int = 0) -> None:
@@ -77,8 +74,3 @@ def resize(job: Job, count: int) -> None:
     """Give a job that waits to start again another number of nodes, with one rank each."""
     job.wait_for("PENDING")
     scontrol("update", f"jobid={job.number}", f"numnodes={count}-{count}", f"numtasks={count}")
-
-
-def successful(run: Path) -> dict[str, object]:
-    """What a finished run says of itself."""
-    return dict(json.loads((run / "SUCCESS").read_text()))
